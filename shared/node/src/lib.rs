@@ -1,0 +1,1 @@
+//! What muxes and agents share and `daisy-shared` may not do.

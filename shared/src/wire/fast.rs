@@ -1,0 +1,202 @@
+//! The fast parse of what clients send: Ethernet II, IPv4, TCP or UDP. Property tests hold it equal to
+//! `etherparse`.
+
+use core::net::Ipv4Addr;
+use core::ops::Range;
+
+use crate::checksum;
+use crate::drop::DropReason;
+use crate::flow::FlowV4;
+
+/// Length in bytes of an Ethernet II header.
+pub const ETHERNET_LEN: usize = 14;
+/// EtherType of IPv4.
+pub const ETHERTYPE_IPV4: u16 = 0x0800;
+
+const ETHERTYPE: Range<usize> = 12..14;
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+/// What a frame holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frame {
+    /// A whole TCP segment or UDP datagram over IPv4.
+    Flow(Packet),
+    /// A fragment of an IPv4 packet: not all of its ports are here.
+    Fragment {
+        /// Where it is bound for.
+        destination: Ipv4Addr,
+    },
+    /// Something that no service here can want.
+    Other,
+}
+
+/// A whole TCP segment or UDP datagram over IPv4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// Its 5-tuple.
+    pub flow: FlowV4,
+    /// DSCP and ECN.
+    pub tos: u8,
+    /// Length in bytes of the IP packet, which may be shorter than the frame: Ethernet pads to 60 bytes.
+    pub ip_len: u16,
+    /// Whether this is the start of a TCP connection: SYN without ACK.
+    pub is_syn: bool,
+}
+
+/// Parses an Ethernet frame.
+///
+/// # Errors
+/// The reason to drop it, where it announces IPv4 and is not well-formed.
+#[inline]
+pub fn parse(frame: &[u8]) -> Result<Frame, DropReason> {
+    let Some(ethertype) = frame.get(ETHERTYPE) else { return Err(DropReason::Truncated) };
+    if ethertype != ETHERTYPE_IPV4.to_be_bytes() {
+        return Ok(Frame::Other);
+    }
+    parse_ipv4(&frame[ETHERNET_LEN..])
+}
+
+/// Parses an IPv4 packet; bytes after its end are ignored.
+///
+/// # Errors
+/// The reason to drop it, where it is not well-formed.
+#[inline]
+pub fn parse_ipv4(bytes: &[u8]) -> Result<Frame, DropReason> {
+    let ip: &[u8; 20] = bytes.first_chunk().ok_or(DropReason::Truncated)?;
+    let header_len = usize::from(ip[0] & 0x0f) * 4;
+    let ip_len = u16::from_be_bytes([ip[2], ip[3]]);
+    if ip[0] >> 4 != 4 || header_len < 20 || usize::from(ip_len) < header_len {
+        return Err(DropReason::BadIpHeader);
+    }
+    let packet = bytes.get(..usize::from(ip_len)).ok_or(DropReason::Truncated)?;
+    if checksum::of(&packet[..header_len]) != 0 {
+        return Err(DropReason::BadIpChecksum);
+    }
+    let (source, destination) = (address(&ip[12..16]), address(&ip[16..20]));
+    let fragment = u16::from_be_bytes([ip[6], ip[7]]) & 0x3fff;
+    if fragment != 0 {
+        return Ok(Frame::Fragment { destination });
+    }
+    let protocol = ip[9];
+    let transport = &packet[header_len..];
+    let is_syn = match protocol {
+        TCP => {
+            let tcp: &[u8; 20] = transport.first_chunk().ok_or(DropReason::BadTransportHeader)?;
+            let data_offset = usize::from(tcp[12] >> 4) * 4;
+            if data_offset < 20 || data_offset > transport.len() {
+                return Err(DropReason::BadTransportHeader);
+            }
+            tcp[13] & 0x12 == 0x02
+        }
+        UDP => {
+            let udp: &[u8; 8] = transport.first_chunk().ok_or(DropReason::BadTransportHeader)?;
+            let udp_len = usize::from(u16::from_be_bytes([udp[4], udp[5]]));
+            if udp_len < 8 || udp_len > transport.len() {
+                return Err(DropReason::BadTransportHeader);
+            }
+            false
+        }
+        _ => return Ok(Frame::Other),
+    };
+    let source_port = u16::from_be_bytes([transport[0], transport[1]]);
+    let destination_port = u16::from_be_bytes([transport[2], transport[3]]);
+    let flow = FlowV4 { source, destination, source_port, destination_port, protocol };
+    Ok(Frame::Flow(Packet { flow, tos: ip[1], ip_len, is_syn }))
+}
+
+/// The address in exactly four bytes.
+fn address(octets: &[u8]) -> Ipv4Addr {
+    Ipv4Addr::new(octets[0], octets[1], octets[2], octets[3])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+    use proptest::prelude::*;
+
+    /// A TCP or UDP packet, then up to three of its bytes changed and its end cut.
+    fn frames() -> impl Strategy<Value = Vec<u8>> {
+        let addresses = any::<([u8; 4], [u8; 4], u16, u16)>();
+        let payload = proptest::collection::vec(any::<u8>(), 0..64);
+        let changes = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3);
+        (addresses, any::<bool>(), any::<bool>(), payload, changes, 0usize..20).prop_map(
+            |((source, destination, sport, dport), tcp, syn, payload, changes, cut)| {
+                let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]).ipv4(source, destination, 64);
+                let mut frame = Vec::new();
+                if tcp {
+                    let builder = builder.tcp(sport, dport, 7, 1000);
+                    let builder = if syn { builder.syn() } else { builder.ack(9) };
+                    builder.write(&mut frame, &payload).unwrap();
+                } else {
+                    builder.udp(sport, dport).write(&mut frame, &payload).unwrap();
+                }
+                for (at, value) in changes {
+                    let at = at.index(frame.len());
+                    frame[at] = value;
+                }
+                // Half of the changed headers get a right checksum again, or nothing behind it would be reached.
+                if cut % 2 == 0 && frame[14] & 0x0f >= 5 {
+                    let len = (usize::from(frame[14] & 0x0f) * 4).min(frame.len() - 14);
+                    frame[24..26].fill(0);
+                    let sum = checksum::of(&frame[14..14 + len]);
+                    frame[24..26].copy_from_slice(&sum.to_be_bytes());
+                }
+                frame.truncate(frame.len() - cut / 2);
+                frame
+            },
+        )
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4096))]
+        #[test]
+        fn equals_etherparse(frame in frames()) {
+            match (parse(&frame), SlicedPacket::from_ethernet(&frame)) {
+                (Ok(Frame::Flow(packet)), Ok(sliced)) => {
+                    let Some(NetSlice::Ipv4(ip)) = sliced.net else { panic!("not IPv4 to etherparse") };
+                    let header = ip.header();
+                    prop_assert_eq!(packet.flow.source, header.source_addr());
+                    prop_assert_eq!(packet.flow.destination, header.destination_addr());
+                    prop_assert_eq!(packet.ip_len, header.total_len());
+                    prop_assert_eq!(packet.tos, header.dcp().value() << 2 | header.ecn().value());
+                    prop_assert_eq!(packet.flow.protocol, header.protocol().0);
+                    let (ports, is_syn) = match sliced.transport {
+                        Some(TransportSlice::Tcp(tcp)) => ((tcp.source_port(), tcp.destination_port()), tcp.syn() && !tcp.ack()),
+                        Some(TransportSlice::Udp(udp)) => ((udp.source_port(), udp.destination_port()), false),
+                        _ => panic!("neither TCP nor UDP to etherparse"),
+                    };
+                    prop_assert_eq!((packet.flow.source_port, packet.flow.destination_port), ports);
+                    prop_assert_eq!(packet.is_syn, is_syn);
+                }
+                (Ok(Frame::Flow(packet)), Err(error)) => panic!("{packet:?}, but etherparse: {error}"),
+                (Ok(Frame::Fragment { destination }), Ok(sliced)) => {
+                    let Some(NetSlice::Ipv4(ip)) = sliced.net else { panic!("not IPv4 to etherparse") };
+                    prop_assert!(ip.header().is_fragmenting_payload());
+                    prop_assert_eq!(destination, ip.header().destination_addr());
+                }
+                (Err(DropReason::BadIpChecksum), _) => {
+                    let (header, _) = etherparse::Ipv4Header::from_slice(&frame[14..]).unwrap();
+                    prop_assert_ne!(header.header_checksum, header.calc_header_checksum());
+                }
+                // etherparse takes a UDP length of 0 for "as long as the packet" (RFC 2675); over IPv4 it is an error.
+                (Err(DropReason::BadTransportHeader), Ok(sliced)) => {
+                    let Some(TransportSlice::Udp(udp)) = sliced.transport else { panic!("well-formed to etherparse") };
+                    prop_assert!(udp.length() == 0);
+                }
+                (Err(reason), Ok(_)) => panic!("{reason}, but etherparse takes it"),
+                (Ok(Frame::Fragment { .. } | Frame::Other) | Err(_), _) => {}
+            }
+        }
+
+        #[test]
+        fn a_cut_at_any_byte_is_an_error(frame in frames(), cut: prop::sample::Index) {
+            if let Ok(Frame::Flow(packet)) = parse(&frame) {
+                let whole = ETHERNET_LEN + usize::from(packet.ip_len);
+                prop_assert!(parse(&frame[..cut.index(whole)]).is_err());
+                prop_assert_eq!(parse(&frame[..whole]), Ok(Frame::Flow(packet)));
+            }
+        }
+    }
+}

@@ -297,16 +297,22 @@ mod tests {
 
     fn pieces() -> impl Strategy<Value = Piece> {
         let entries = proptest::collection::btree_map(0u32..64, (any::<u32>(), chains()), 0..64);
-        (any::<u32>(), any::<Option<u32>>(), any::<u32>(), entries).prop_map(|(service, from, generation, entries)| {
-            let entry = |(bucket, (generation, chain))| Entry { bucket, generation: Generation(generation), chain };
-            Piece {
-                service: ServiceId(service),
-                from: from.map(Generation),
-                generation: Generation(generation),
-                buckets: 64,
-                entries: entries.into_iter().map(entry).collect(),
-            }
-        })
+        (any::<u32>(), any::<Option<u32>>(), any::<u32>(), entries).prop_map(
+            |(service, from, generation, entries)| {
+                let entry = |(bucket, (generation, chain))| Entry {
+                    bucket,
+                    generation: Generation(generation),
+                    chain,
+                };
+                Piece {
+                    service: ServiceId(service),
+                    from: from.map(Generation),
+                    generation: Generation(generation),
+                    buckets: 64,
+                    entries: entries.into_iter().map(entry).collect(),
+                }
+            },
+        )
     }
 
     /// The bytes with a right checksum again, so that what is behind it is reached.

@@ -202,7 +202,10 @@ fn walk_on<A: Copy + Eq>(
         // Rule 2: start anew at the head. A dead head counts as visited.
         if !dead(head) {
             let to_visit = known.chain[1..].iter().copied().filter(|owner| !dead(*owner)).collect();
-            return send(head, Walk { generation: known.generation, hops, returned: false, visited, to_visit });
+            return send(
+                head,
+                Walk { generation: known.generation, hops, returned: false, visited, to_visit },
+            );
         }
         visited.push(head);
     }
@@ -226,9 +229,7 @@ fn walk_on<A: Copy + Eq>(
     }
     let generation = known.generation;
     match (pending.pop_at(0), kind) {
-        (Some(next), _) => {
-            send(next, Walk { generation, hops, returned: false, visited, to_visit: pending })
-        }
+        (Some(next), _) => send(next, Walk { generation, hops, returned: false, visited, to_visit: pending }),
         (None, Kind::New) if visited[0] == me => Verdict::Drop(DropReason::WalkContradicts),
         // Rule 5: the last owner sends a new flow back to its origin.
         (None, Kind::New) => {
@@ -272,7 +273,12 @@ mod tests {
         Walk { generation: Generation(generation), hops, returned: false, visited, to_visit }
     }
 
-    fn verdict(me: u8, kind: Kind, packet: Option<&Walk<u8>>, knowledge: Option<&Knowledge<u8>>) -> Verdict<u8> {
+    fn verdict(
+        me: u8,
+        kind: Kind,
+        packet: Option<&Walk<u8>>,
+        knowledge: Option<&Knowledge<u8>>,
+    ) -> Verdict<u8> {
         decide(me, kind, packet, knowledge, |_| false).verdict
     }
 
@@ -381,9 +387,11 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_dropped_and_teaches_nothing() {
         let full: Vec<u8> = (10..18).collect();
-        let decision = decide(1, Kind::Orphan, Some(&walk(6, 0, &[], &[2])), Some(&known(5, &full)), |_| false);
+        let decision =
+            decide(1, Kind::Orphan, Some(&walk(6, 0, &[], &[2])), Some(&known(5, &full)), |_| false);
         assert_eq!(decision, Decision { verdict: Verdict::Drop(DropReason::ChainOverflow), learned: None });
-        let decision = decide(1, Kind::Matched, Some(&walk(6, 0, &[], &[2])), Some(&known(5, &full)), |_| false);
+        let decision =
+            decide(1, Kind::Matched, Some(&walk(6, 0, &[], &[2])), Some(&known(5, &full)), |_| false);
         assert_eq!(decision, Decision { verdict: Verdict::Deliver, learned: None });
         let packet = walk(5, 0, &[], &[2]);
         assert_eq!(

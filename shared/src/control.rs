@@ -163,8 +163,11 @@ mod tests {
             buckets: 16,
             entries: vec![Entry { bucket: 5, generation: Generation(4), chain }],
         };
-        let response =
-            SyncResponse { lease_ms: 3000, tables: vec![TableUpdate { service, piece }], ..Default::default() };
+        let response = SyncResponse {
+            lease_ms: 3000,
+            tables: vec![TableUpdate { service, piece }],
+            ..Default::default()
+        };
         let text = serde_json::to_string(&response).unwrap();
         assert_eq!(serde_json::from_str::<SyncResponse>(&text).unwrap(), response);
         let damaged = text.replace("\"piece\":\"RFNZ", "\"piece\":\"RFNY");

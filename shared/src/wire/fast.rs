@@ -123,7 +123,11 @@ mod tests {
         let changes = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3);
         (addresses, any::<bool>(), any::<bool>(), payload, changes, 0usize..20).prop_map(
             |((source, destination, sport, dport), tcp, syn, payload, changes, cut)| {
-                let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]).ipv4(source, destination, 64);
+                let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]).ipv4(
+                    source,
+                    destination,
+                    64,
+                );
                 let mut frame = Vec::new();
                 if tcp {
                     let builder = builder.tcp(sport, dport, 7, 1000);

@@ -121,7 +121,8 @@ impl Header {
             return Err(DropReason::GueMalformed);
         }
         let (addresses, _) = header[field::ADDRESSES..].as_chunks::<4>();
-        let list = |part: &[[u8; 4]]| part.iter().map(|octets| Ipv4Addr::from(*octets)).collect::<Owners<_>>();
+        let list =
+            |part: &[[u8; 4]]| part.iter().map(|octets| Ipv4Addr::from(*octets)).collect::<Owners<_>>();
         let generation = header[field::GENERATION].try_into().map_err(|_| DropReason::Truncated)?;
         Ok(Header {
             protocol,

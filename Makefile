@@ -1,0 +1,46 @@
+# What there is to do: build, test, lint, demo, clean.
+#
+# Variables:
+#   CARGO            the cargo to use
+#   SUITES           run only the suites whose name contains this (make suites SUITES=failure)
+#   DAISY_TEST_LOG   the log filter of all daemons in suites and demo (RUST_LOG's syntax; info)
+#   DAISY_TEST_PCAP  if set, suites capture what passes the router; kept with the logs if they fail
+#   DAISY_BIN_DIR    where suites and demo look for the daemons, if not where cargo puts them
+
+CARGO ?= cargo
+SUITES ?=
+export CARGO
+
+.PHONY: all build setup root test suites lint demo clean
+
+all: build
+
+# Installs packages that are missing.
+setup:
+	@./tests/setup.sh
+
+build: setup
+	$(CARGO) build --workspace --bins
+
+root:
+	@test "$$(id -u)" = 0 || { echo "needs root: network namespaces and eBPF programs are made (try: sudo make ...)" >&2; exit 1; }
+
+# Everything: unit tests, properties, model, eBPF against Rust, and the end-to-end suites.
+test: root build
+	$(CARGO) test --workspace
+
+# The end-to-end suites alone, with what they print.
+suites: root build
+	$(CARGO) test -p daisy-tests --test suites -- --nocapture $(SUITES)
+
+lint: setup
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	python3 shared/vectors/flow_hash.py --check
+
+demo: root setup
+	$(CARGO) build --release --workspace --bins
+	target/release/daisy-demo
+
+clean:
+	$(CARGO) clean

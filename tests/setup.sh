@@ -1,0 +1,66 @@
+#!/bin/sh
+# Installs what the build, the suites and the demo need and this machine lacks. Debian 12 (or newer, or Ubuntu).
+# Nothing is installed twice; what is there already, from wherever it came, is used.
+set -eu
+
+missing=""
+# need PACKAGE TEST...: the package is wanted unless the test succeeds.
+need() {
+	package=$1
+	shift
+	"$@" >/dev/null 2>&1 || missing="$missing $package"
+}
+program() { command -v "$1"; }
+clang() { command -v clang-14 || command -v clang; }
+header() { for file in /usr/include/"$1" /usr/include/*-linux-gnu/"$1"; do [ -e "$file" ] && return; done; return 1; }
+
+need gcc program cc
+need libc6-dev header stdlib.h
+need make program make
+need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
+need clang-14 clang
+need libbpf-dev header bpf/bpf_helpers.h
+need linux-libc-dev header asm/types.h
+need iproute2 program ip
+need ethtool program ethtool
+need procps program sysctl
+need nginx-light program nginx
+need curl program curl
+need iperf3 program iperf3
+need python3 program python3
+
+if [ -n "$missing" ]; then
+	if [ "$(id -u)" != 0 ]; then
+		echo "missing:$missing — run this as root, or: apt-get install$missing" >&2
+		exit 1
+	fi
+	if ! command -v apt-get >/dev/null; then
+		echo "missing:$missing — there is no apt-get here: install what these packages hold" >&2
+		exit 1
+	fi
+	echo "installing:$missing"
+	export DEBIAN_FRONTEND=noninteractive
+	# The package of nginx starts a server. We want the program only: nothing that a package starts may start.
+	policy=/usr/sbin/policy-rc.d
+	if [ ! -e "$policy" ]; then
+		trap 'rm -f "$policy"' EXIT
+		trap 'exit 130' INT TERM
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+	fi
+	apt-get update -qq
+	case "$missing" in
+	*clang-14*) apt-cache show clang-14 >/dev/null 2>&1 || missing=$(echo "$missing" | sed 's/clang-14/clang/') ;;
+	esac
+	# shellcheck disable=SC2086 # a list of packages
+	apt-get install -y -qq --no-install-recommends $missing >/dev/null
+	case "$missing" in
+	# Nor at the next start of this machine.
+	*nginx*) command -v systemctl >/dev/null && systemctl disable --quiet nginx 2>/dev/null || true ;;
+	esac
+fi
+
+if ! command -v "${CARGO:-cargo}" >/dev/null; then
+	echo "there is no cargo: install a Rust toolchain first (the oldest that will do stands in Cargo.toml)" >&2
+	exit 1
+fi

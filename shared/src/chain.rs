@@ -18,6 +18,11 @@
 //! 6. **Only the head accepts.**
 //! 7. **The end of the chain answers.** An orphan that has visited everyone is given to the local stack, which
 //!    resets it. A packet whose hops are spent is dropped, never reset.
+//!
+//! "Everyone" must be certain, for accepting as well as for answering. It is not where an agent knows of a bucket
+//! from packets alone, and not where an owner that has not looked has been declared dead: then a newer table
+//! without that owner exists, and perhaps a newer head that this agent has not heard of. Both are dropped
+//! (`docs/decisions/0010-no-end-without-certainty.md`).
 
 use core::fmt;
 
@@ -90,8 +95,12 @@ pub struct Walk<A> {
 pub struct Knowledge<A> {
     /// The newest generation seen, in a table or in a packet.
     pub generation: Generation,
-    /// The owners, newest first. May list owners that have left already, never fewer than are needed.
+    /// The owners, newest first. May list owners that have left already.
     pub chain: Owners<A>,
+    /// Whether a table of the controller is at the root of this, of whatever generation: then the chain leads to
+    /// every connection. An agent that has only ever learned of the bucket from packets may lack owners, so it
+    /// sends packets on, but neither accepts nor answers.
+    pub from_table: bool,
 }
 
 /// What the local TCP stack has for a packet.
@@ -138,7 +147,8 @@ pub struct Decision<A> {
 /// Decides about one packet.
 ///
 /// `me` is this agent's address, `packet` the walk that the packet carries, `knowledge` what this agent knows of
-/// the packet's bucket, and `dead` says which peers the controller has declared dead (rule 9): they are skipped.
+/// the packet's bucket, and `dead` says which peers the controller has declared dead (rule 9): they are skipped,
+/// and stay listed as still to visit.
 pub fn decide<A: Copy + Eq>(
     me: A,
     kind: Kind,
@@ -167,10 +177,10 @@ fn learn<A: Copy + Eq>(
     knowledge: Option<&Knowledge<A>>,
 ) -> Result<Option<Knowledge<A>>, DropReason> {
     let Some(walk) = packet else { return Ok(None) };
-    let older_chain = match knowledge {
+    let (older_chain, from_table) = match knowledge {
         Some(known) if !walk.generation.is_newer_than(known.generation) => return Ok(None),
-        Some(known) => &known.chain[..],
-        None => &[],
+        Some(known) => (&known.chain[..], known.from_table),
+        None => (&[][..], false),
     };
     let mut chain = Owners::new();
     // A packet that has visited nobody is on its way to the head: then `me` comes first.
@@ -178,7 +188,7 @@ fn learn<A: Copy + Eq>(
     for owner in path.chain(older_chain) {
         push_new(&mut chain, *owner).map_err(|Full| DropReason::ChainOverflow)?;
     }
-    Ok(Some(Knowledge { generation: walk.generation, chain }))
+    Ok(Some(Knowledge { generation: walk.generation, chain, from_table }))
 }
 
 /// Rules 2 and 4 to 7, for a packet without a local connection that is no newer than `known`.
@@ -197,46 +207,49 @@ fn walk_on<A: Copy + Eq>(
     let mut pending = Owners::new();
     if let Some(walk) = current {
         visited.clone_from(&walk.visited);
-        pending.extend(walk.to_visit.iter().copied().filter(|owner| *owner != me && !dead(*owner)));
+        pending.extend(walk.to_visit.iter().copied().filter(|owner| *owner != me));
     } else if head != me {
-        // Rule 2: start anew at the head. A dead head counts as visited.
+        // Rule 2: start anew at the head.
         if !dead(head) {
-            let to_visit = known.chain[1..].iter().copied().filter(|owner| !dead(*owner)).collect();
-            return send(
-                head,
-                Walk { generation: known.generation, hops, returned: false, visited, to_visit },
-            );
+            let to_visit = known.chain[1..].iter().copied().collect();
+            let generation = known.generation;
+            return send(head, Walk { generation, hops, returned: false, visited, to_visit });
         }
+        // A dead head is still the origin, from which others learn who is head; but it has not looked.
         visited.push(head);
+        pending.push(head);
     }
     // Rule 4: those that only this agent knows.
     for owner in &known.chain {
-        if *owner != me
-            && !visited.contains(owner)
-            && !dead(*owner)
-            && push_new(&mut pending, *owner).is_err()
-        {
+        if *owner != me && !visited.contains(owner) && push_new(&mut pending, *owner).is_err() {
             return Verdict::Drop(DropReason::WalkOverflow);
         }
     }
 
     // Rules 5 and 6.
-    if kind == Kind::New && head == me && pending.is_empty() {
+    if kind == Kind::New && head == me && pending.is_empty() && known.from_table {
         return Verdict::Accept;
     }
     if push_new(&mut visited, me).is_err() || visited.len() + pending.len() > MAX_OWNERS + 1 {
         return Verdict::Drop(DropReason::WalkOverflow);
     }
     let generation = known.generation;
-    match (pending.pop_at(0), kind) {
-        (Some(next), _) => send(next, Walk { generation, hops, returned: false, visited, to_visit: pending }),
-        (None, Kind::New) if visited[0] == me => Verdict::Drop(DropReason::WalkContradicts),
+    if let Some(next) = pending.iter().position(|owner| !dead(*owner)) {
+        let to = pending.remove(next);
+        return send(to, Walk { generation, hops, returned: false, visited, to_visit: pending });
+    }
+    if !pending.is_empty() {
+        return Verdict::Drop(DropReason::DeadOwner);
+    }
+    if !known.from_table {
+        return Verdict::Drop(DropReason::UnknownBucket);
+    }
+    match kind {
+        Kind::New if visited[0] == me => Verdict::Drop(DropReason::WalkContradicts),
         // Rule 5: the last owner sends a new flow back to its origin.
-        (None, Kind::New) => {
-            send(visited[0], Walk { generation, hops, returned: true, visited, to_visit: pending })
-        }
+        Kind::New => send(visited[0], Walk { generation, hops, returned: true, visited, to_visit: pending }),
         // Rule 7: everybody has looked.
-        (None, Kind::Orphan | Kind::Matched) => Verdict::Answer,
+        Kind::Orphan | Kind::Matched => Verdict::Answer,
     }
 }
 
@@ -265,7 +278,11 @@ mod tests {
     }
 
     fn known(generation: u32, chain: &[u8]) -> Knowledge<u8> {
-        Knowledge { generation: Generation(generation), chain: owners(chain) }
+        Knowledge { generation: Generation(generation), chain: owners(chain), from_table: true }
+    }
+
+    fn learned(generation: u32, chain: &[u8]) -> Knowledge<u8> {
+        Knowledge { from_table: false, ..known(generation, chain) }
     }
 
     fn walk(generation: u32, hops: u8, visited: &[u8], to_visit: &[u8]) -> Walk<u8> {
@@ -322,7 +339,7 @@ mod tests {
     fn rule_3_teaches_the_new_head_itself() {
         let packet = walk(6, 0, &[], &[2]);
         let decision = decide(1, Kind::New, Some(&packet), None, |_| false);
-        assert_eq!(decision.learned, Some(known(6, &[1, 2])));
+        assert_eq!(decision.learned, Some(learned(6, &[1, 2])));
         assert_eq!(decision.verdict, Verdict::Send { to: 2, walk: walk(6, 1, &[1], &[]) });
     }
 
@@ -376,12 +393,49 @@ mod tests {
     }
 
     #[test]
-    fn rule_9_dead_owners_are_skipped_and_a_dead_head_counts_as_visited() {
+    fn rule_9_dead_owners_are_skipped_and_stay_to_visit() {
         let is_2 = |owner| owner == 2;
         let decision = decide(1, Kind::Orphan, None, Some(&known(5, &[1, 2, 3])), is_2);
-        assert_eq!(decision.verdict, Verdict::Send { to: 3, walk: walk(5, 1, &[1], &[]) });
+        assert_eq!(decision.verdict, Verdict::Send { to: 3, walk: walk(5, 1, &[1], &[2]) });
         let decision = decide(1, Kind::Orphan, None, Some(&known(5, &[2, 1, 3])), is_2);
-        assert_eq!(decision.verdict, Verdict::Send { to: 3, walk: walk(5, 1, &[2, 1], &[]) });
+        assert_eq!(decision.verdict, Verdict::Send { to: 3, walk: walk(5, 1, &[2, 1], &[2]) });
+        let decision = decide(1, Kind::Orphan, None, Some(&known(5, &[3, 2, 1])), is_2);
+        assert_eq!(decision.verdict, Verdict::Send { to: 3, walk: walk(5, 1, &[], &[2, 1]) });
+    }
+
+    #[test]
+    fn a_walk_that_skipped_a_dead_owner_has_no_end() {
+        let is_2 = |owner| owner == 2;
+        let dropped = Verdict::Drop(DropReason::DeadOwner);
+        for kind in [Kind::New, Kind::Orphan] {
+            for chain in [&[1, 2][..], &[2, 1]] {
+                assert_eq!(decide(1, kind, None, Some(&known(5, chain)), is_2).verdict, dropped);
+            }
+            let skipped = walk(5, 1, &[2, 1], &[2]);
+            assert_eq!(decide(3, kind, Some(&skipped), Some(&known(4, &[3])), is_2).verdict, dropped);
+            // One that has not been told so tries.
+            let tried = Verdict::Send { to: 2, walk: walk(5, 2, &[2, 1, 3], &[]) };
+            assert_eq!(verdict(3, kind, Some(&skipped), Some(&known(4, &[3]))), tried);
+        }
+    }
+
+    #[test]
+    fn who_knows_a_bucket_from_packets_alone_sends_on_but_ends_no_walk() {
+        let packet = walk(6, 0, &[], &[2]);
+        for kind in [Kind::New, Kind::Orphan] {
+            let decision = decide(1, kind, Some(&packet), None, |_| false);
+            assert_eq!(decision.learned, Some(learned(6, &[1, 2])));
+            assert_eq!(decision.verdict, Verdict::Send { to: 2, walk: walk(6, 1, &[1], &[]) });
+            let end = walk(6, 1, &[1], &[]);
+            let unknown = Verdict::Drop(DropReason::UnknownBucket);
+            assert_eq!(verdict(2, kind, Some(&end), None), unknown);
+            assert_eq!(verdict(2, kind, Some(&end), Some(&learned(6, &[1, 2]))), unknown);
+            let back = Walk { returned: true, ..walk(6, 2, &[1, 2], &[]) };
+            assert_eq!(verdict(1, kind, Some(&back), Some(&learned(6, &[1, 2]))), unknown);
+        }
+        let decision =
+            decide(1, Kind::Orphan, Some(&walk(7, 0, &[], &[2])), Some(&learned(6, &[1, 3])), |_| false);
+        assert_eq!(decision.learned, Some(learned(7, &[1, 2, 3])));
     }
 
     #[test]

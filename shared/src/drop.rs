@@ -58,8 +58,10 @@ drop_reasons! {
     WalkOverflow = "walk_overflow",
     /// What the packet teaches does not fit beside what is known.
     ChainOverflow = "chain_overflow",
-    /// Nothing is known of the bucket, neither here nor in the packet.
+    /// Nothing is known of the bucket, or nothing but what packets said, and the walk ends here.
     UnknownBucket = "unknown_bucket",
+    /// All owners that are left to visit are declared dead, and the newer table without them is not here yet.
+    DeadOwner = "dead_owner",
     /// The packet claims to have returned to its origin, or to have visited it, and this is not so.
     WalkContradicts = "walk_contradicts",
     /// The driver gave no room for the outer headers.

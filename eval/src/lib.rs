@@ -1,1 +1,7 @@
-//! Scenarios and figures.
+//! Scenarios, figures and plots. The demo is the first scenario.
+
+#![forbid(unsafe_code)]
+
+pub mod plot;
+pub mod report;
+pub mod scenario;

@@ -1,1 +1,18 @@
-//! The mux.
+//! The mux: takes packets for services from a network interface, hashes each flow to a bucket, and sends its
+//! packets, encapsulated, to the bucket's owner. It keeps no state about connections.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`pipeline`] | decides about a burst of frames and encapsulates them in place; no I/O |
+//! | [`table`] | what the pipeline reads, and how it changes under it |
+//! | [`io`] | where frames come from and go to |
+//! | [`metrics`] | one counter for each way a packet may go |
+//! | [`neighbours`] | the Ethernet addresses of next hops, from the kernel |
+//! | [`sync`] | tables from the controller |
+
+pub mod io;
+pub mod metrics;
+pub mod neighbours;
+pub mod pipeline;
+pub mod sync;
+pub mod table;

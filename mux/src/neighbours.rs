@@ -1,0 +1,53 @@
+//! The Ethernet addresses of next hops: what the kernel knows of routes and neighbours, brought into the tables.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daisy_node::interface::{Interface, Mac};
+use daisy_node::next_hops::{NextHop, NextHops};
+
+use crate::sync::State;
+use crate::table::Link;
+
+/// How long a new directory may wait for the next hops of its backends, so that their first packets are not lost.
+/// A neighbour that is there answers within a millisecond; one that is not must not hold up the rest.
+const SETTLE: Duration = Duration::from_millis(200);
+
+/// Follows the next hops of all backends. Ends when dropped.
+#[derive(Debug)]
+pub struct Neighbours {
+    next_hops: NextHops,
+    wanted: BTreeSet<Ipv4Addr>,
+}
+
+impl Neighbours {
+    /// Starts to follow, in the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// If the kernel gives no netlink sockets or no thread.
+    pub fn start(interface: &Interface, state: Arc<State>) -> io::Result<Neighbours> {
+        let on_change = move |backend, next_hop: Option<NextHop>| {
+            let mut control = state.lock();
+            if let Some(NextHop { source: Mac(mac), .. }) = next_hop {
+                let link = Link { mac, ..*control.tables.link() };
+                control.set_link(link);
+            }
+            control.tables.set_next_hop(backend, next_hop.map(|hop| hop.destination.0));
+        };
+        Ok(Neighbours { next_hops: NextHops::start(interface, on_change)?, wanted: BTreeSet::new() })
+    }
+
+    /// Follows these backends and no others. Where some are new, waits for their next hops, for a short time.
+    pub fn want(&mut self, backends: BTreeSet<Ipv4Addr>) {
+        let new = !backends.is_subset(&self.wanted);
+        self.wanted.clone_from(&backends);
+        self.next_hops.set_wanted(backends);
+        if new {
+            // Those without a next hop are in the resolver's log, and in the counter of what they drop.
+            let _missing = self.next_hops.settle(SETTLE);
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! `daisyctl`: drives a daisy controller.
+
+fn main() -> std::process::ExitCode {
+    daisy_controller::ctl::main()
+}

@@ -1,0 +1,206 @@
+//! Which buckets move to reach the weighted target. Pure and deterministic.
+//!
+//! **Target.** A backend's exact share is `buckets · weight / Σ weight`; its target is that share rounded down or
+//! up. How many are rounded up follows from the sum; *which* are is free, and chosen so that the fewest buckets
+//! move: first those that already hold more than their share rounded down (each saves one move), among equals
+//! the largest remainder, then the smallest number.
+//!
+//! **Minimality.** With these targets a plan moves `Σ max(0, held − target)` buckets plus those whose head is no
+//! candidate. No plan that ends with everybody at their share rounded down or up moves fewer: a backend that holds
+//! `h` must give up at least `h − ⌈share⌉`, and one more unless it is among the rounded-up, of which there is a
+//! fixed number. Each move takes from one above its target and gives to one below, so none is wasted.
+//!
+//! **Which buckets.** Of those that a backend has to give up, first the ones that return to somebody who still
+//! stands in their chain (no window opens, no chain grows), then closed windows, then the shallowest chains. A
+//! bucket whose chain is full waits.
+
+use daisy_shared::bucket::BackendId;
+use daisy_shared::chain::MAX_CHAIN;
+
+use crate::model::Bucket;
+
+/// A backend that may be head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    /// Who.
+    pub id: BackendId,
+    /// Its weight, more than 0.
+    pub weight: u32,
+}
+
+/// A bucket that gets another head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Move {
+    /// Which bucket.
+    pub bucket: u32,
+    /// Its new head.
+    pub to: BackendId,
+}
+
+/// Buckets, some of them replaced: what a table looks like in the middle of a change.
+#[derive(Clone, Copy, Debug)]
+pub struct Chains<'a> {
+    base: &'a [Bucket],
+    replaced: &'a [(u32, Bucket)],
+}
+
+impl<'a> Chains<'a> {
+    /// The buckets of `base`, but those in `replaced`, which is in ascending order.
+    pub fn new(base: &'a [Bucket], replaced: &'a [(u32, Bucket)]) -> Chains<'a> {
+        Chains { base, replaced }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u32 {
+        self.base.len() as u32
+    }
+
+    /// One bucket.
+    pub fn get(&self, number: u32) -> &'a Bucket {
+        match self.replaced.binary_search_by_key(&number, |(number, _)| *number) {
+            Ok(i) => &self.replaced[i].1,
+            Err(_) => &self.base[number as usize],
+        }
+    }
+
+    /// All, in ascending order.
+    pub fn iter(&self) -> impl Iterator<Item = (u32, &'a Bucket)> + use<'a> {
+        let mut replaced = self.replaced.iter().peekable();
+        self.base.iter().enumerate().map(move |(number, bucket)| {
+            match replaced.next_if(|(other, _)| *other as usize == number) {
+                Some((_, bucket)) => (number as u32, bucket),
+                None => (number as u32, bucket),
+            }
+        })
+    }
+}
+
+/// How many buckets each candidate should be head of, in the order of `candidates`. `held` says how many each one
+/// is head of now.
+pub fn targets(buckets: u32, candidates: &[Candidate], held: impl Fn(BackendId) -> u32) -> Vec<u32> {
+    let sum: u64 = candidates.iter().map(|candidate| u64::from(candidate.weight)).sum();
+    if sum == 0 {
+        return vec![0; candidates.len()];
+    }
+    let share = |candidate: &Candidate| {
+        let product = u128::from(buckets) * u128::from(candidate.weight);
+        ((product / u128::from(sum)) as u32, (product % u128::from(sum)) as u64)
+    };
+    let mut targets: Vec<u32> = candidates.iter().map(|candidate| share(candidate).0).collect();
+    let missing = buckets - targets.iter().sum::<u32>();
+    // Those with a remainder may be rounded up; there are always more of them than buckets missing.
+    let mut order: Vec<usize> = (0..candidates.len()).filter(|i| share(&candidates[*i]).1 > 0).collect();
+    order.sort_by_key(|&i| {
+        let candidate = &candidates[i];
+        let (floor, remainder) = share(candidate);
+        (held(candidate.id) <= floor, std::cmp::Reverse(remainder), candidate.id)
+    });
+    for i in order.into_iter().take(missing as usize) {
+        targets[i] += 1;
+    }
+    targets
+}
+
+const NO_ONE: u32 = u32::MAX;
+
+/// The moves that reach the target, in ascending order of buckets. None if there is no candidate: heads stay.
+///
+/// # Panics
+/// If a candidate is named twice.
+pub fn plan(chains: Chains<'_>, candidates: &[Candidate]) -> Vec<Move> {
+    if candidates.iter().all(|candidate| candidate.weight == 0) {
+        return Vec::new();
+    }
+    // By backend number: its place among the candidates, and the buckets it is head of. The place after the last
+    // number stands for nobody.
+    let mut place = vec![NO_ONE; 1 << 16];
+    for (i, candidate) in candidates.iter().enumerate() {
+        assert_eq!(place[usize::from(candidate.id.0)], NO_ONE, "{candidate:?} twice");
+        place[usize::from(candidate.id.0)] = i as u32;
+    }
+    let index = |bucket: &Bucket| usize::from(bucket.head().unwrap_or(BackendId::NONE).0);
+    let mut held = vec![0u32; 1 << 16];
+    for (_, bucket) in chains.iter() {
+        held[index(bucket)] += 1;
+    }
+    let targets = targets(chains.count(), candidates, |id| held[usize::from(id.0)]);
+
+    // What each head has to give up, and what each candidate lacks.
+    let mut surplus = held;
+    let mut lacks = vec![0u32; candidates.len()];
+    for (i, candidate) in candidates.iter().enumerate() {
+        let held = &mut surplus[usize::from(candidate.id.0)];
+        lacks[i] = targets[i].saturating_sub(*held);
+        *held = held.saturating_sub(targets[i]);
+    }
+
+    // Buckets that may go, by the length of their chain.
+    let mut by_depth: [Vec<u32>; MAX_CHAIN] = Default::default();
+    for (number, bucket) in chains.iter() {
+        let depth = bucket.links.len();
+        if depth < MAX_CHAIN && surplus[index(bucket)] > 0 {
+            by_depth[depth].push(number);
+        }
+    }
+    let mut chosen = vec![NO_ONE; chains.count() as usize];
+    return_to_chain(chains, &by_depth, &place, &mut surplus, &mut lacks, &mut chosen);
+    spread(chains, &by_depth, &mut surplus, &mut lacks, &mut chosen);
+
+    let moved = chosen.into_iter().enumerate().filter(|(_, to)| *to != NO_ONE);
+    moved.map(|(bucket, to)| Move { bucket: bucket as u32, to: candidates[to as usize].id }).collect()
+}
+
+/// Buckets that go back to somebody in their chain, shallow ones first.
+fn return_to_chain(
+    chains: Chains<'_>,
+    by_depth: &[Vec<u32>],
+    place: &[u32],
+    surplus: &mut [u32],
+    lacks: &mut [u32],
+    chosen: &mut [u32],
+) {
+    for &number in by_depth[2..].iter().flatten() {
+        let links = &chains.get(number).links;
+        let head = usize::from(links[0].owner.0);
+        if surplus[head] == 0 {
+            continue;
+        }
+        let to = links[1..].iter().map(|link| place[usize::from(link.owner.0)]);
+        if let Some(to) = to.into_iter().find(|to| *to != NO_ONE && lacks[*to as usize] > 0) {
+            surplus[head] -= 1;
+            lacks[to as usize] -= 1;
+            chosen[number as usize] = to;
+        }
+    }
+}
+
+/// The other buckets that must go, shallow ones first, in turn to everybody who lacks some.
+fn spread(
+    chains: Chains<'_>,
+    by_depth: &[Vec<u32>],
+    surplus: &mut [u32],
+    lacks: &mut [u32],
+    chosen: &mut [u32],
+) {
+    let mut takers: Vec<usize> = (0..lacks.len()).filter(|i| lacks[*i] > 0).collect();
+    let mut turn = 0;
+    for &number in by_depth.iter().flatten() {
+        if takers.is_empty() {
+            return;
+        }
+        let head = usize::from(chains.get(number).head().unwrap_or(BackendId::NONE).0);
+        if surplus[head] == 0 || chosen[number as usize] != NO_ONE {
+            continue;
+        }
+        turn %= takers.len();
+        let to = takers[turn];
+        surplus[head] -= 1;
+        lacks[to] -= 1;
+        chosen[number as usize] = to as u32;
+        if lacks[to] == 0 {
+            takers.remove(turn);
+        } else {
+            turn += 1;
+        }
+    }
+}

@@ -1,0 +1,208 @@
+//! A node's sync: it renews its lease, acknowledges, reports; and is told what is new, at once or when there is.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use daisy_shared::bucket::BackendId;
+use daisy_shared::control::{NodeKind, SyncRequest, SyncResponse};
+use daisy_shared::service::ServiceId;
+use tokio::time::Instant;
+
+use crate::core::Command;
+use crate::events::{Event, Kind};
+use crate::hub::{Hub, Node, Tables};
+use crate::model::Health;
+use crate::problem::Problem;
+use crate::publish;
+
+/// Answers a sync.
+///
+/// # Errors
+/// A [`Problem`]: the node is not who it says, or no backend is configured for it.
+pub async fn sync(hub: &Arc<Hub>, name: &str, request: SyncRequest) -> Result<SyncResponse, Problem> {
+    let backend = admit(hub, name, &request).await?;
+    hear(hub, name, backend, &request);
+    take_in(hub, name, backend, &request).await?;
+    // A request that is kept long would let the lease run out meanwhile.
+    let wait = Duration::from_millis(request.wait_ms.min(hub.lease_ms / 3));
+    let deadline = Instant::now() + wait;
+    let mut news = hub.watch(request.kind);
+    loop {
+        news.borrow_and_update();
+        let over = Instant::now() >= deadline;
+        let response = build(hub, name, backend, &request, over).await;
+        let something = response.directory.is_some()
+            || !(response.tables.is_empty() && response.removed.is_empty() && response.probe.is_empty());
+        if something || over {
+            return Ok(response);
+        }
+        tokio::select! {
+            _ = tokio::time::sleep_until(deadline) => {}
+            _ = news.changed() => {}
+        }
+    }
+}
+
+/// Who the node is: an agent's backend, or `None` for a mux.
+async fn admit(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> Result<Option<BackendId>, Problem> {
+    let address = request.address;
+    match request.kind {
+        NodeKind::Agent => {
+            let tables = hub.tables.read().await;
+            let Some((id, backend)) = tables.state.backend(name) else {
+                hub.knock(name, address);
+                return Err(Problem::not_found("node", name, "no backend of this name is configured"));
+            };
+            if backend.address != address {
+                let why = format!("backend {name} is configured at {}", backend.address);
+                return Err(Problem::conflict("address", address, why));
+            }
+            Ok(Some(id))
+        }
+        NodeKind::Mux => {
+            let known = hub.tables.read().await.state.muxes.get(name).map(|mux| mux.address);
+            if known != Some(address) {
+                let lives = hub.live().nodes.get(name).is_some_and(|node| {
+                    !node.expired && node.address != address && node.kind == NodeKind::Mux
+                });
+                if let (true, Some(known)) = (lives, known) {
+                    let why = format!("mux {name} is alive at {known}; two nodes cannot share a name");
+                    return Err(Problem::conflict("address", address, why));
+                }
+                hub.command(Command::AddMux { name: name.to_owned(), address }, false).await?;
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Notes that the node lives, and what it has applied.
+fn hear(hub: &Arc<Hub>, name: &str, backend: Option<BackendId>, request: &SyncRequest) {
+    let now = hub.now_ms();
+    let mut live = hub.live();
+    let old = live.nodes.remove(name);
+    let joined = old.as_ref().is_none_or(|node| node.expired);
+    let asked_ms = old.map_or_else(HashMap::new, |node| node.asked_ms);
+    let node = Node {
+        kind: request.kind,
+        address: request.address,
+        version: request.version.clone(),
+        directory: request.directory,
+        applied: request.applied.clone(),
+        counters: request.counters.clone(),
+        last_seen_ms: now,
+        expired: false,
+        asked_ms,
+    };
+    live.nodes.insert(name.to_owned(), node);
+    if let Some(id) = backend {
+        live.leases.renew(id, now);
+    }
+    drop(live);
+    if joined {
+        let what = match request.kind {
+            NodeKind::Mux => "mux",
+            NodeKind::Agent => "agent",
+        };
+        let detail = format!("{what} at {}, version {}", request.address, request.version);
+        hub.event(Event::new(Kind::NodeJoined, detail).subject(name));
+    }
+}
+
+/// Takes in what the node brings: its life, newer generations, probe results, drain reports, acknowledgements.
+async fn take_in(
+    hub: &Arc<Hub>,
+    name: &str,
+    backend: Option<BackendId>,
+    request: &SyncRequest,
+) -> Result<(), Problem> {
+    let (back, newer, acknowledges) = {
+        let tables = hub.tables.read().await;
+        let state = &tables.state;
+        let now = hub.now_ms();
+        let mut live = hub.live();
+        for result in &request.probed {
+            let probed =
+                state.backends.iter().find(|(_, b)| b.retired_at_ms.is_none() && b.address == result.address);
+            if let Some((id, _)) = probed {
+                live.leases.probed(*id, name, result.answered, now);
+            }
+        }
+        let newer = request.directory > state.meta.directory
+            || request.applied.iter().any(|(id, generation)| {
+                state.services.get(id).is_some_and(|s| generation.is_newer_than(s.record.generation))
+            });
+        let back = backend.filter(|id| state.health(*id) != Health::Live);
+        (back, newer, backend.filter(|id| tables.publisher.awaits(*id)))
+    };
+    if newer {
+        let (applied, directory) = (request.applied.clone(), request.directory);
+        hub.command(Command::Rebase { node: name.to_owned(), applied, directory }, false).await?;
+    }
+    if let Some(id) = back {
+        hub.command(Command::Health(vec![(id, Health::Live)]), false).await?;
+    }
+    if let Some(id) = backend
+        && !request.drained.is_empty()
+    {
+        hub.report(id, request.drained.clone()).await;
+    }
+    if let Some(id) = acknowledges {
+        let mut tables = hub.tables.write().await;
+        tables.publisher.acknowledge(id, &request.applied, request.directory);
+        if tables.publisher.release(hub.now_ms()) {
+            hub.wake_muxes();
+        }
+    }
+    Ok(())
+}
+
+/// What there is to say to the node now.
+async fn build(
+    hub: &Arc<Hub>,
+    name: &str,
+    backend: Option<BackendId>,
+    request: &SyncRequest,
+    even_empty: bool,
+) -> SyncResponse {
+    let tables = hub.tables.read().await;
+    let Tables { state, publisher } = &*tables;
+    let serves = |id: &ServiceId| match (backend, state.services.get(id)) {
+        (_, None) => false,
+        (None, Some(_)) => true,
+        (Some(backend), Some(service)) => service.record.members.contains_key(&backend),
+    };
+    let mut updates = Vec::new();
+    for id in state.services.keys().filter(|id| serves(id)) {
+        let applied = request.applied.get(id).copied();
+        updates.extend(match backend {
+            None => publisher.for_mux(state, *id, name, applied),
+            Some(backend) => publisher.for_agent(state, *id, backend, applied, even_empty),
+        });
+    }
+    SyncResponse {
+        lease_ms: hub.lease_ms,
+        directory: (request.directory != state.meta.directory).then(|| publish::directory(state)),
+        tables: updates,
+        removed: request.applied.keys().filter(|id| !serves(id)).copied().collect(),
+        probe: to_probe(hub, name, &tables),
+    }
+}
+
+/// Whom the node is to probe. It is asked again only after a while.
+fn to_probe(hub: &Hub, name: &str, tables: &Tables) -> Vec<std::net::IpAddr> {
+    let now = hub.now_ms();
+    let mut live = hub.live();
+    let live = &mut *live;
+    let Some(node) = live.nodes.get_mut(name) else { return Vec::new() };
+    let mut addresses = Vec::new();
+    for id in live.leases.to_probe(name) {
+        let due = node.asked_ms.get(&id).is_none_or(|at| at + hub.lease_ms / 4 <= now);
+        if let (true, Some(backend)) = (due, tables.state.backends.get(&id)) {
+            node.asked_ms.insert(id, now);
+            addresses.push(backend.address);
+        }
+    }
+    addresses
+}

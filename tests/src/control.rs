@@ -233,14 +233,15 @@ impl Topology {
         Ok(())
     }
 
-    /// Waits until every node whose daemon runs is live and has applied the newest tables.
+    /// Waits until every node whose daemon runs, and that is not cut off from the controller, is live and has
+    /// applied the newest tables.
     ///
     /// # Errors
     /// If that takes too long.
     pub fn wait_settled(&mut self) -> Result<()> {
         let muxes = self.muxes.iter().filter(|m| m.process.is_some()).map(|m| m.name.clone());
         let agents = self.backends.iter().filter(|b| b.agent.is_some()).map(|b| b.name.clone());
-        let names: Vec<String> = muxes.chain(agents).collect();
+        let names: Vec<String> = muxes.chain(agents).filter(|name| !self.cut.contains(name)).collect();
         self.wait_for("every node is live and up to date", PATIENCE, |net| {
             let nodes = net.nodes()?;
             for name in &names {
@@ -263,6 +264,74 @@ impl Topology {
             let node = net.node(name)?;
             Ok(node.lease == "live" && !node.behind)
         })
+    }
+
+    /// Waits until no bucket of a service has a previous owner any more.
+    ///
+    /// # Errors
+    /// If that takes too long.
+    pub fn wait_windows_closed(&mut self, service: &str) -> Result<()> {
+        self.wait_for(&format!("all windows of {service} are closed"), PATIENCE, |net| {
+            let view = net.service(service)?;
+            if view.open_windows > 0 {
+                bail!("{} windows of {service} are open: {:?}", view.open_windows, view.backends);
+            }
+            Ok(true)
+        })
+    }
+
+    /// Waits until a backend of a service is in this state.
+    ///
+    /// # Errors
+    /// If that takes too long.
+    pub fn wait_state(&mut self, service: &str, backend: &str, state: &str) -> Result<()> {
+        self.wait_for(&format!("{backend} is {state} in {service}"), PATIENCE, |net| {
+            let view = net.service(service)?;
+            let found = view.backend(backend)?;
+            if found.state != state {
+                bail!("{found:?}");
+            }
+            Ok(true)
+        })
+    }
+
+    /// Waits until the counters of all live nodes account for every packet that came in: traffic must have
+    /// stopped. Returns the nodes.
+    ///
+    /// # Errors
+    /// If that takes too long.
+    pub fn wait_conserved(&mut self) -> Result<Vec<NodeView>> {
+        let mut last: Vec<NodeView> = Vec::new();
+        self.wait_for("every packet is accounted for, and none is under way", PATIENCE, |net| {
+            let nodes: Vec<NodeView> = net.nodes()?.into_iter().filter(|node| node.lease == "live").collect();
+            let counters = |nodes: &[NodeView]| nodes.iter().map(|n| n.counters.clone()).collect::<Vec<_>>();
+            // Nodes send their counters when they sync: at different times, and with pauses.
+            let same = counters(&nodes) == counters(&last);
+            last = nodes;
+            for node in &last {
+                let (received, accounted) = node.conservation();
+                if received != accounted {
+                    bail!(
+                        "{}: received {received}, accounted for {accounted}: {:?}",
+                        node.name,
+                        node.counters
+                    );
+                }
+            }
+            let sum = |kind: &str, ways: &[&str]| -> u64 {
+                last.iter()
+                    .filter(|node| node.kind == kind)
+                    .map(|node| ways.iter().map(|way| node.counter(way)).sum::<u64>())
+                    .sum()
+            };
+            let sent = sum("mux", &["sent"]) + sum("agent", &["sent_on", "returned"]);
+            let received = sum("agent", &["received"]) - sum("agent", &["probes_answered"]);
+            if sent != received {
+                bail!("{sent} encapsulated packets were sent, agents received {received}");
+            }
+            Ok(same)
+        })?;
+        Ok(last)
     }
 
     // ---- traffic -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@
 
 pub mod api;
 pub mod bpf;
+pub mod builder;
 pub mod capture;
 pub mod cleanup;
 mod control;
@@ -30,8 +31,9 @@ pub mod topology;
 pub mod traffic;
 
 pub use api::Api;
+pub use builder::{Builder, Io};
 pub use echo::report::{Outcome, Report, Sample};
 pub use netns::Namespace;
 pub use process::Process;
-pub use topology::{Builder, Io, Topology};
+pub use topology::Topology;
 pub use traffic::{EchoClient, EchoOptions, Requests, STALL_LIMIT_MS};

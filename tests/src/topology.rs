@@ -27,6 +27,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::api::Api;
 use crate::bpf::PassProgram;
+use crate::builder::{Builder, binary_directory, binary_in};
 use crate::capture::Capture;
 use crate::cleanup;
 use crate::netns::{self, Namespace};
@@ -49,129 +50,6 @@ pub(crate) const CONTROLLER_PORT: u16 = 7600;
 /// not fail a test.
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
-/// How a mux receives and sends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Io {
-    /// AF_XDP sockets.
-    AfXdp,
-    /// AF_PACKET rings.
-    AfPacket,
-}
-
-impl Io {
-    /// The value of the mux's `--io`.
-    pub const fn flag(self) -> &'static str {
-        match self {
-            Io::AfXdp => "af-xdp",
-            Io::AfPacket => "af-packet",
-        }
-    }
-}
-
-/// What a topology shall consist of.
-#[derive(Clone, Debug)]
-pub struct Builder {
-    pub(crate) name: String,
-    pub(crate) clients: u8,
-    pub(crate) muxes: u8,
-    pub(crate) backends: u8,
-    pub(crate) spares: u8,
-    pub(crate) io: Io,
-    pub(crate) buckets: u32,
-    pub(crate) lease_ms: u64,
-    pub(crate) chaining: bool,
-    pub(crate) daemons: bool,
-    pub(crate) keep: bool,
-}
-
-impl Builder {
-    /// How many clients; 1 if not said.
-    #[must_use]
-    pub fn clients(mut self, count: u8) -> Builder {
-        self.clients = count;
-        self
-    }
-
-    /// How many muxes; 2 if not said.
-    #[must_use]
-    pub fn muxes(mut self, count: u8) -> Builder {
-        self.muxes = count;
-        self
-    }
-
-    /// How many backends serve `echo` and `web` from the start; 3 if not said.
-    #[must_use]
-    pub fn backends(mut self, count: u8) -> Builder {
-        self.backends = count;
-        self
-    }
-
-    /// How many more backends stand ready, server and agent running, but in no service; 0 if not said.
-    #[must_use]
-    pub fn spares(mut self, count: u8) -> Builder {
-        self.spares = count;
-        self
-    }
-
-    /// How muxes receive and send; AF_XDP if not said.
-    #[must_use]
-    pub fn io(mut self, io: Io) -> Builder {
-        self.io = io;
-        self
-    }
-
-    /// The size of the tables of `echo` and `web`; 4,096 if not said.
-    #[must_use]
-    pub fn buckets(mut self, buckets: u32) -> Builder {
-        self.buckets = buckets;
-        self
-    }
-
-    /// The controller's `--lease-ms`; 3,000 if not said.
-    #[must_use]
-    pub fn lease_ms(mut self, lease_ms: u64) -> Builder {
-        self.lease_ms = lease_ms;
-        self
-    }
-
-    /// Whether agents send packets on along the chain; if not, they run with `--no-chaining`.
-    #[must_use]
-    pub fn chaining(mut self, on: bool) -> Builder {
-        self.chaining = on;
-        self
-    }
-
-    /// Hosts and servers only: no daemon runs, and the router sends the virtual address to the first backend.
-    #[must_use]
-    pub fn plain(mut self) -> Builder {
-        self.daemons = false;
-        self
-    }
-
-    /// Keeps logs and data also when all goes well.
-    #[must_use]
-    pub fn keep(mut self) -> Builder {
-        self.keep = true;
-        self
-    }
-
-    /// Builds and starts it all, and waits until every node has applied the newest tables.
-    ///
-    /// # Errors
-    /// If something is missing on this machine, or does not start; the error says what.
-    pub fn start(self) -> Result<Topology> {
-        check_machine(self.daemons)?;
-        cleanup::install();
-        cleanup::sweep();
-        let mut topology = Topology::lay_out(self)?;
-        if let Err(error) = topology.start_all() {
-            topology.failed = true;
-            return Err(error);
-        }
-        Ok(topology)
-    }
-}
-
 /// A running network. Everything in it ends with it.
 pub struct Topology {
     pub(crate) builder: Builder,
@@ -188,31 +66,15 @@ pub struct Topology {
     pub(crate) passes: Vec<(String, PassProgram)>,
     pub(crate) vips: Vec<Ipv4Addr>,
     pub(crate) rotation: usize,
+    /// Nodes that are cut off from the controller.
+    pub(crate) cut: Vec<String>,
     pub(crate) failed: bool,
     // Last: the links of all others end here.
     pub(crate) router: Namespace,
 }
 
 impl Topology {
-    /// The start of a description; `name` appears in logs and directories.
-    #[expect(clippy::new_ret_no_self, reason = "a description is what one begins a topology with")]
-    pub fn new(name: &str) -> Builder {
-        Builder {
-            name: name.to_owned(),
-            clients: 1,
-            muxes: 2,
-            backends: 3,
-            spares: 0,
-            io: Io::AfXdp,
-            buckets: 4096,
-            lease_ms: 3000,
-            chaining: true,
-            daemons: true,
-            keep: false,
-        }
-    }
-
-    fn lay_out(builder: Builder) -> Result<Topology> {
+    pub(crate) fn lay_out(builder: Builder) -> Result<Topology> {
         let number = netns::next_number();
         let binaries = binary_directory()?;
         let target = binaries.parent().context("the directory of binaries has no parent")?;
@@ -263,12 +125,13 @@ impl Topology {
             passes: Vec::new(),
             vips: vec![VIP],
             rotation: 0,
+            cut: Vec::new(),
             failed: false,
             router,
         })
     }
 
-    fn start_all(&mut self) -> Result<()> {
+    pub(crate) fn start_all(&mut self) -> Result<()> {
         std::fs::create_dir_all(self.directory.join("www"))?;
         for _ in 0..self.builder.clients {
             self.add_client()?;
@@ -579,6 +442,19 @@ impl Topology {
         process.wait_for_line("ready", PATIENCE)
     }
 
+    /// Has `daisy-agent unload` remove everything that the agent of a backend left.
+    ///
+    /// # Errors
+    /// If it fails.
+    pub fn unload_agent(&mut self, name: &str) -> Result<()> {
+        let mut command = Command::new(self.binary("daisy-agent")?);
+        let state = self.directory.join(format!("{name}-state"));
+        let backend = self.backend(name)?;
+        command.args(["unload", "--interface", "eth0", "--bpffs"]).arg(backend.bpffs.path());
+        command.arg("--state-dir").arg(state);
+        backend.namespace.run(|| netns::run(&mut command, None)).map(drop)
+    }
+
     /// What all daemons on nodes have in common.
     fn daemon(&self, program: &str, name: &str) -> Result<Command> {
         let state = self.directory.join(format!("{name}-state"));
@@ -655,16 +531,20 @@ impl Topology {
     ///
     /// # Errors
     /// If there is no such node.
-    pub fn cut_from_controller(&self, name: &str) -> Result<()> {
-        self.change_cut(name, "add")
+    pub fn cut_from_controller(&mut self, name: &str) -> Result<()> {
+        self.change_cut(name, "add")?;
+        self.cut.push(name.to_owned());
+        Ok(())
     }
 
     /// Undoes [`Topology::cut_from_controller`].
     ///
     /// # Errors
     /// If it was not cut.
-    pub fn heal(&self, name: &str) -> Result<()> {
-        self.change_cut(name, "del")
+    pub fn heal(&mut self, name: &str) -> Result<()> {
+        self.change_cut(name, "del")?;
+        self.cut.retain(|cut| cut != name);
+        Ok(())
     }
 
     fn change_cut(&self, name: &str, verb: &str) -> Result<()> {
@@ -731,59 +611,4 @@ fn configure(namespace: &Namespace, address: Ipv4Addr, gateway: Ipv4Addr) -> Res
             format!("route add default via {gateway}"),
         ])
         .map(drop)
-}
-
-/// The first things that would go wrong, said in one line each.
-fn check_machine(daemons: bool) -> Result<()> {
-    if !nix::unistd::geteuid().is_root() {
-        bail!("needs root: network namespaces and eBPF programs are made; run this as root");
-    }
-    let mut needed =
-        vec![("ip", "iproute2"), ("ethtool", "ethtool"), ("nginx", "nginx-light"), ("iperf3", "iperf3")];
-    if std::env::var_os("DAISY_TEST_PCAP").is_some() {
-        needed.push(("tcpdump", "tcpdump"));
-    }
-    for (program, package) in needed {
-        if !program_exists(program) {
-            bail!("the program `{program}` is missing: apt-get install {package}, or run `make setup`");
-        }
-    }
-    for path in ["/proc/self/ns/net", "/sys/class/net"] {
-        if !Path::new(path).exists() {
-            bail!("{path} is missing: mount /proc and /sys");
-        }
-    }
-    let binaries = binary_directory()?;
-    let daemon_binaries: &[&str] = &["daisy-controller", "daisyctl", "daisy-mux", "daisy-agent"];
-    for name in std::iter::once(&"daisy-echo").chain(if daemons { daemon_binaries } else { &[] }) {
-        binary_in(&binaries, name)?;
-    }
-    Ok(())
-}
-
-/// Whether a program is on the path.
-pub(crate) fn program_exists(name: &str) -> bool {
-    std::env::var_os("PATH")
-        .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
-}
-
-/// Where cargo puts the workspace's binaries: beside this one, or above it if this is a test.
-fn binary_directory() -> Result<PathBuf> {
-    if let Some(directory) = std::env::var_os("DAISY_BIN_DIR") {
-        return Ok(PathBuf::from(directory));
-    }
-    let this = std::env::current_exe().context("cannot tell where this program is")?;
-    let mut directory = this.parent().context("this program is in no directory")?;
-    if directory.ends_with("deps") {
-        directory = directory.parent().context("`deps` has no parent")?;
-    }
-    Ok(directory.to_owned())
-}
-
-fn binary_in(directory: &Path, name: &str) -> Result<PathBuf> {
-    let path = directory.join(name);
-    if !path.is_file() {
-        bail!("{} is not built: run `make build`", path.display());
-    }
-    Ok(path)
 }

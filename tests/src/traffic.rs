@@ -203,16 +203,15 @@ impl EchoClient {
         })
     }
 
-    /// Lets every live connection talk for a while: waits until `rounds` messages per live connection have been
-    /// echoed from now on.
+    /// Lets every live connection talk for a while: waits until `rounds` messages per connection that still lives
+    /// have been echoed from now on.
     ///
     /// # Errors
     /// If that takes longer than 30 seconds.
     pub fn talk(&mut self, rounds: u64) -> Result<Sample> {
-        let now = self.latest();
-        let goal = now.messages + rounds * now.live as u64;
+        let before = self.latest().messages;
         self.wait_for(&format!("{rounds} messages on each connection"), Duration::from_secs(30), |s| {
-            s.messages >= goal
+            s.messages >= before + rounds * s.live as u64
         })
     }
 

@@ -7,6 +7,7 @@ use daisy_tests::{EchoOptions, Topology};
 
 #[test]
 fn clients_and_servers_agree_on_every_byte() {
+    let _alone = crate::common::alone();
     let mut net = Topology::new("tools").plain().clients(1).backends(1).start().unwrap();
     let mut echo = net.echo(0, &EchoOptions::default()).unwrap();
     let web = net.requests(0, WEB, 50).unwrap();
@@ -33,6 +34,7 @@ fn clients_and_servers_agree_on_every_byte() {
 
 #[test]
 fn a_dead_server_is_noticed() {
+    let _alone = crate::common::alone();
     let mut net = Topology::new("dead").plain().clients(1).backends(1).start().unwrap();
     let options = EchoOptions { connections: 50, hang_ms: 2_000, ..EchoOptions::default() };
     let mut echo = net.echo(0, &options).unwrap();
@@ -63,6 +65,7 @@ fn a_dead_server_is_noticed() {
 
 #[test]
 fn nothing_is_left_behind() {
+    let _alone = crate::common::alone();
     let net = Topology::new("clean").plain().clients(2).backends(2).start().unwrap();
     let directory = net.directory().to_owned();
     let namespace = net.router().name().to_owned();

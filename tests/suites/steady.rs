@@ -1,0 +1,131 @@
+//! Suite 1: all four daemons up, nothing changes. HTTP and bulk transfer reach every backend, byte for byte.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+
+use daisy_tests::topology::{BULK_PORT, VIP, WEB};
+use daisy_tests::{EchoOptions, Io, Topology, echo};
+
+use crate::common::{LIVE, assert_unbroken};
+
+const BACKENDS: [&str; 4] = ["b1", "b2", "b3", "b4"];
+/// The file that is downloaded, and what is sent up and down to measure.
+const BULK_BYTES: usize = 16 << 20;
+
+suite!(every_backend_serves: af_xdp, af_packet);
+
+fn every_backend_serves(io: Io) {
+    let mut net = Topology::new("steady").io(io).clients(2).muxes(2).backends(4).start().unwrap();
+    let mut file = Vec::new();
+    echo::message(1, 1, (BULK_BYTES, BULK_BYTES), &mut file);
+    std::fs::write(net.www().join("bulk"), &file).unwrap();
+    // A service of its own for each backend: iperf3 needs two connections to the same server.
+    for (index, name) in BACKENDS.iter().enumerate() {
+        let service = format!("bulk-{name}");
+        net.add_service(&service, bulk(index), 64).unwrap();
+        net.enrol_in(&service, name, 100).unwrap();
+    }
+    for service in ["echo", "web"] {
+        net.wait_windows_closed(service).unwrap();
+    }
+    net.wait_settled().unwrap();
+
+    // HTTP: every backend answers every client, and sees its address.
+    for client in 0..2 {
+        let address = net.client(client).address;
+        let mut seen = BTreeSet::new();
+        for _ in 0..60 {
+            let text = net.client(client).namespace.output("curl", &["-sSf", &url("")]).unwrap();
+            let (backend, from) =
+                text.trim().strip_prefix("backend ").unwrap().split_once(" client ").unwrap();
+            assert_eq!(from, address.to_string());
+            seen.insert(backend.to_owned());
+        }
+        assert_eq!(seen.len(), 4, "{seen:?}");
+    }
+    // Bulk over HTTP from every backend, byte-exact.
+    let mut seen = BTreeSet::new();
+    let (got, head) = (net.directory().join("got"), net.directory().join("head"));
+    let arguments = ["-sSf", "-o", got.to_str().unwrap(), "-D", head.to_str().unwrap(), &url("bulk")];
+    for _ in 0..60 {
+        net.client(0).namespace.output("curl", &arguments).unwrap();
+        assert!(std::fs::read(&got).unwrap() == file, "the file that came is not the one that was sent");
+        let head = std::fs::read_to_string(&head).unwrap();
+        let backend = head.lines().find_map(|line| line.strip_prefix("X-Backend: ")).unwrap();
+        seen.insert(backend.trim().to_owned());
+        if seen.len() == 4 {
+            break;
+        }
+    }
+    assert_eq!(seen.len(), 4, "{seen:?}");
+
+    // iperf3 to and from every backend: upwards, full-size segments pass the muxes.
+    for (index, name) in BACKENDS.iter().enumerate() {
+        for direction in [None, Some("--reverse")] {
+            let (target, bytes) = (bulk(index), BULK_BYTES.to_string());
+            let (ip, port) = (target.ip().to_string(), target.port().to_string());
+            let mut arguments = vec!["--json", "--client", &ip, "--port", &port, "--bytes", &bytes];
+            arguments.extend(direction);
+            let text = net.client(0).namespace.output("iperf3", &arguments).unwrap();
+            let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+            let received = report["end"]["sum_received"]["bytes"].as_u64().unwrap();
+            let speed = report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap() / 1e6;
+            println!("iperf3 {name} {}: {received} bytes, {speed:.0} Mbit/s", direction.unwrap_or("up"));
+            assert!(received >= BULK_BYTES as u64, "{text}");
+        }
+    }
+
+    // Long-lived connections from both clients.
+    let options = EchoOptions { connections: LIVE / 2, message_bytes: (8, 4_000), ..EchoOptions::default() };
+    let mut one = net.echo(0, &options).unwrap();
+    let mut two = net.echo(1, &options).unwrap();
+    let web = net.requests(1, WEB, 100).unwrap();
+    one.wait_live(LIVE / 2).unwrap();
+    two.wait_live(LIVE / 2).unwrap();
+    one.talk(6).unwrap();
+    two.talk(6).unwrap();
+    let requests = web.finish().unwrap();
+    assert_eq!(requests.failed, 0, "{:?}", requests.errors);
+    assert_eq!(requests.by_backend.len(), 4, "{:?}", requests.by_backend);
+    let reports = [one.finish().unwrap(), two.finish().unwrap()];
+    for report in &reports {
+        assert_unbroken(report);
+        assert_eq!(report.by_backend.len(), 4, "{:?}", report.by_backend);
+    }
+
+    // Every packet is accounted for, and none took a detour: no window is open.
+    let nodes = net.wait_conserved().unwrap();
+    assert_eq!(nodes.len(), 6);
+    for node in &nodes {
+        println!("{}: {:?}", node.name, node.counters);
+        assert_eq!(node.dropped(), 0, "{} dropped packets: {:?}", node.name, node.counters);
+        for way in ["sent_on", "returned", "chained_header", "answered"] {
+            assert_eq!(node.counter(way), 0, "{}: {way}", node.name);
+        }
+        if node.kind == "mux" {
+            assert!(
+                node.counter("sent") > 10_000,
+                "{} got no share of the traffic: {:?}",
+                node.name,
+                node.counters
+            );
+        }
+    }
+    // What servers returned is what clients checked, backend by backend.
+    for name in BACKENDS {
+        let server = net.echo_server_report(name).unwrap();
+        let sum: u64 = reports.iter().map(|r| r.bytes_by_backend[name]).sum();
+        let connections: usize = reports.iter().map(|r| r.by_backend[name]).sum();
+        assert_eq!((server.bytes, server.accepted, server.failed), (sum, connections as u64, 0), "{name}");
+        assert_eq!(server.closed, server.accepted, "{name}");
+    }
+}
+
+fn bulk(index: usize) -> SocketAddr {
+    let [a, b, c, _] = VIP.octets();
+    SocketAddr::from(([a, b, c, 11 + index as u8], BULK_PORT))
+}
+
+fn url(path: &str) -> String {
+    format!("http://{WEB}/{path}")
+}

@@ -157,6 +157,8 @@ pub struct Sync<N> {
     answered: bool,
     directory: u64,
     services: BTreeMap<ServiceId, Applied>,
+    /// Why tables were refused last, so that the log says it once.
+    refused: BTreeMap<ServiceId, Refused>,
     /// Drain reports that no controller has answered yet.
     drained: BTreeMap<ServiceId, BTreeMap<u32, Generation>>,
     probed: Vec<ProbeResult>,
@@ -205,6 +207,7 @@ impl<N: Node> Sync<N> {
             answered: false,
             directory: 0,
             services: BTreeMap::new(),
+            refused: BTreeMap::new(),
             drained: BTreeMap::new(),
             probed: Vec::new(),
             controller: 0,
@@ -354,6 +357,7 @@ impl<N: Node> Sync<N> {
             self.node.remove_service(id);
             self.store.remove(id);
             self.drained.remove(&id);
+            self.refused.remove(&id);
             if let Some(applied) = self.services.remove(&id) {
                 info!(service = applied.service.name, "service removed");
             }
@@ -381,14 +385,21 @@ impl<N: Node> Sync<N> {
         match (result, known) {
             (Ok(()), known) => {
                 let saved = known.and_then(|applied| applied.saved);
+                if self.refused.remove(&service.id).is_some() {
+                    info!(service = service.name, generation = %piece.generation, "table applied after all");
+                }
                 let applied = Applied { generation: Some(piece.generation), dirty: true, saved, service };
                 self.services.insert(applied.service.id, applied);
                 true
             }
             (Err(error), known) => {
-                warn!(service = service.name, generation = %piece.generation, %error, "table refused; asking for a snapshot");
                 if let Some(applied) = known {
                     applied.generation = None;
+                }
+                if self.refused.get(&service.id) != Some(&error) {
+                    let generation = piece.generation;
+                    warn!(service = service.name, %generation, %error, "table refused; asking for a snapshot");
+                    self.refused.insert(service.id, error);
                 }
                 false
             }

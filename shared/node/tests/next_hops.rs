@@ -1,4 +1,5 @@
 //! Next hops against a real kernel.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 mod netns;
 

@@ -1,4 +1,5 @@
 //! The sync loop against a scripted controller.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -246,7 +246,7 @@ impl Topology {
             let nodes = net.nodes()?;
             for name in &names {
                 match nodes.iter().find(|node| node.name == *name) {
-                    Some(node) if node.lease == "live" && !node.behind => {}
+                    Some(node) if node.is_settled() => {}
                     Some(node) => bail!("{name}: lease {}, behind {}", node.lease, node.behind),
                     None => bail!("{name} has not been heard of"),
                 }
@@ -261,8 +261,7 @@ impl Topology {
     /// If that takes too long.
     pub fn wait_node_settled(&mut self, name: &str) -> Result<()> {
         self.wait_for(&format!("{name} is live and up to date"), PATIENCE, |net| {
-            let node = net.node(name)?;
-            Ok(node.lease == "live" && !node.behind)
+            Ok(net.node(name)?.is_settled())
         })
     }
 

@@ -177,12 +177,19 @@ pub struct NodeView {
     pub behind: bool,
     /// The generation of each service that it has applied.
     pub applied: BTreeMap<String, u32>,
+    /// How long ago it was heard of, in milliseconds; none if not since the controller started.
+    pub last_seen_ms: Option<u64>,
     /// Its counters.
     #[serde(default)]
     pub counters: BTreeMap<String, u64>,
 }
 
 impl NodeView {
+    /// Whether it has been heard of in time and has applied everything that it should.
+    pub fn is_settled(&self) -> bool {
+        self.lease == "live" && self.last_seen_ms.is_some() && !self.behind
+    }
+
     /// A counter; 0 if it was never sent.
     pub fn counter(&self, name: &str) -> u64 {
         self.counters.get(name).copied().unwrap_or(0)

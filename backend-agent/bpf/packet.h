@@ -1,0 +1,152 @@
+/* SPDX-License-Identifier: GPL-2.0 OR Apache-2.0 */
+/* Headers of Ethernet, IPv4, UDP and TCP, and the checks that daisy_shared::wire::fast makes. */
+#pragma once
+
+#include "maps.h"
+
+#define ETHERTYPE_IPV4 0x0800
+#define PROTOCOL_TCP 6
+#define PROTOCOL_UDP 17
+#define TCP_FIN 0x01
+#define TCP_SYN 0x02
+#define TCP_ACK 0x10
+
+struct ethernet {
+	__u8 destination[6];
+	__u8 source[6];
+	__be16 type;
+};
+
+struct ipv4 {
+	__u8 version_ihl;
+	__u8 tos;
+	__be16 len;
+	__be16 id;
+	__be16 fragment;
+	__u8 ttl;
+	__u8 protocol;
+	__u16 checksum;
+	__be32 source;
+	__be32 destination;
+};
+
+struct udp {
+	__be16 source;
+	__be16 destination;
+	__be16 len;
+	__u16 checksum;
+};
+
+struct tcp {
+	__be16 source;
+	__be16 destination;
+	__be32 sequence;
+	__be32 acknowledgement;
+	__u8 data_offset;
+	__u8 flags;
+	__be16 window;
+	__u16 checksum;
+	__be16 urgent;
+};
+
+#define ETHERNET_LEN 14
+#define IPV4_LEN 20
+#define UDP_LEN 8
+#define TCP_LEN 20
+/* Where the GUE header starts. */
+#define GUE_AT (ETHERNET_LEN + OUTER_LEN)
+_Static_assert(sizeof(struct ethernet) == ETHERNET_LEN, "Ethernet");
+_Static_assert(sizeof(struct ipv4) == IPV4_LEN, "IPv4");
+_Static_assert(sizeof(struct udp) == UDP_LEN, "UDP");
+_Static_assert(sizeof(struct tcp) == TCP_LEN, "TCP");
+_Static_assert(OUTER_LEN == IPV4_LEN + UDP_LEN, "outer headers");
+
+/* The sum of a header without options as 32-bit words. Ones' complement sums do not care about byte order. */
+INLINE __u64 sum_ipv4(const struct ipv4 *ip)
+{
+	const __u32 *words = (const void *)ip;
+
+	return (__u64)words[0] + words[1] + words[2] + words[3] + words[4];
+}
+
+/* Folds a sum of 32-bit words to 16 bits. */
+INLINE __u16 fold(__u64 sum)
+{
+	sum = (sum & 0xffffffff) + (sum >> 32);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	return sum;
+}
+
+/* A whole TCP segment over IPv4, or what it takes to say that there is no service for it. */
+struct inner {
+	const struct ipv4 *ip;
+	const struct tcp *tcp;
+	/* Of the IPv4 header, in bytes. */
+	__u32 header_len;
+	__u32 is_syn;
+};
+
+/*
+ * daisy_shared::wire::fast::parse_ipv4 for the `len` bytes at `ip`. Returns 0, or the counter of the reason to
+ * drop. UDP is checked, and then has no service: services are TCP.
+ */
+INLINE __u32 parse_inner(struct inner *inner, const struct ipv4 *ip, __u32 len, const void *end)
+{
+	const void *transport;
+	__u32 header_len, ip_len, transport_len, i;
+	__u64 sum;
+
+	if (len < IPV4_LEN || (const void *)(ip + 1) > end)
+		return DROP_TRUNCATED;
+	header_len = (ip->version_ihl & 0x0f) * 4;
+	ip_len = bpf_ntohs(ip->len);
+	if (ip->version_ihl >> 4 != 4 || header_len < IPV4_LEN || ip_len < header_len)
+		return DROP_BAD_IP_HEADER;
+	if (ip_len > len)
+		return DROP_TRUNCATED;
+	sum = sum_ipv4(ip);
+	if (header_len > IPV4_LEN) {
+		const __u32 *option = (const void *)(ip + 1);
+
+		for (i = 0; i < 10 && i < (header_len - IPV4_LEN) / 4; i++) {
+			if ((const void *)(option + i + 1) > end)
+				return DROP_TRUNCATED;
+			sum += option[i];
+		}
+	}
+	if (fold(sum) != 0xffff)
+		return DROP_BAD_IP_CHECKSUM;
+	if (ip->fragment & bpf_htons(0x3fff))
+		return DROP_FRAGMENT;
+
+	transport = (const void *)ip + header_len;
+	transport_len = ip_len - header_len;
+	if (ip->protocol == PROTOCOL_TCP) {
+		const struct tcp *tcp = transport;
+		__u32 data_offset;
+
+		if (transport_len < TCP_LEN || (const void *)(tcp + 1) > end)
+			return DROP_BAD_TRANSPORT_HEADER;
+		data_offset = (tcp->data_offset >> 4) * 4;
+		if (data_offset < TCP_LEN || data_offset > transport_len)
+			return DROP_BAD_TRANSPORT_HEADER;
+		inner->ip = ip;
+		inner->tcp = tcp;
+		inner->header_len = header_len;
+		inner->is_syn = (tcp->flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+		return 0;
+	}
+	if (ip->protocol == PROTOCOL_UDP) {
+		const struct udp *udp = transport;
+		__u32 udp_len;
+
+		if (transport_len < UDP_LEN || (const void *)(udp + 1) > end)
+			return DROP_BAD_TRANSPORT_HEADER;
+		udp_len = bpf_ntohs(udp->len);
+		if (udp_len < UDP_LEN || udp_len > transport_len)
+			return DROP_BAD_TRANSPORT_HEADER;
+	}
+	return DROP_UNKNOWN_SERVICE;
+}

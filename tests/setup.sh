@@ -11,14 +11,14 @@ need() {
 	"$@" >/dev/null 2>&1 || missing="$missing $package"
 }
 program() { command -v "$1"; }
-clang() { command -v clang-14 || command -v clang; }
+compiler() { program clang-14 || program clang; }
 header() { for file in /usr/include/"$1" /usr/include/*-linux-gnu/"$1"; do [ -e "$file" ] && return; done; return 1; }
 
 need gcc program cc
 need libc6-dev header stdlib.h
 need make program make
 need ca-certificates test -e /etc/ssl/certs/ca-certificates.crt
-need clang-14 clang
+need clang-14 compiler
 need libbpf-dev header bpf/bpf_helpers.h
 need linux-libc-dev header asm/types.h
 need iproute2 program ip
@@ -55,8 +55,8 @@ if [ -n "$missing" ]; then
 	# shellcheck disable=SC2086 # a list of packages
 	apt-get install -y -qq --no-install-recommends $missing >/dev/null
 	case "$missing" in
-	# Nor at the next start of this machine.
-	*nginx*) command -v systemctl >/dev/null && systemctl disable --quiet nginx 2>/dev/null || true ;;
+	# Nor at the next start of this machine. (Without systemd there may be nothing to disable.)
+	*nginx*) deb-systemd-helper disable nginx.service || true ;;
 	esac
 fi
 

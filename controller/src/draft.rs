@@ -56,6 +56,14 @@ impl<'a> Draft<'a> {
             }
         }
         self.change.meta = (meta != self.state.meta).then_some(meta);
+        for (id, change) in &self.change.services {
+            let (Some(change), moved) = (change, self.moved_buckets(*id)) else { continue };
+            if moved > 0 {
+                let detail = format!("{moved} buckets in generation {}", change.record.generation);
+                let event = Event::new(Kind::BucketsMoved, detail);
+                self.change.events.push(event.service(&change.record.service.name));
+            }
+        }
         self.change
     }
 
@@ -212,6 +220,13 @@ impl<'a> Draft<'a> {
         Answer { generation: record.generation, plan, ..Answer::default() }
     }
 
+    /// How many of a service's buckets get another head.
+    fn moved_buckets(&self, id: ServiceId) -> u32 {
+        let Some(service) = self.state.services.get(&id) else { return 0 };
+        let changed = self.replaced(id).iter();
+        changed.filter(|(n, bucket)| service.buckets[*n as usize].head() != bucket.head()).count() as u32
+    }
+
     fn name(&self, id: BackendId) -> String {
         match self.change.backends.get(&id) {
             Some(Some(backend)) => backend.name.clone(),
@@ -292,10 +307,6 @@ impl<'a> Draft<'a> {
                 .iter()
                 .filter_map(|m| Some((m.bucket, chains::moved(chains.get(m.bucket), m.to, generation)?)))
                 .collect();
-            if !moved.is_empty() {
-                let detail = format!("{} buckets in generation {generation}", moved.len());
-                self.event(Event::new(Kind::BucketsMoved, detail).service(&service.record.service.name));
-            }
             self.replace(id, moved, generation);
         }
         self.let_leave(id);

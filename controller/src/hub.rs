@@ -85,6 +85,9 @@ pub struct Hub {
     muxes: watch::Sender<u64>,
 }
 
+/// Ends with the store's error, if it had one.
+pub type WriterThread = JoinHandle<Result<(), StoreError>>;
+
 enum Job {
     Command { command: Command, dry_run: bool, reply: oneshot::Sender<Result<Answer, Problem>> },
     Reports { reports: Vec<(BackendId, DrainReport)>, reply: oneshot::Sender<()> },
@@ -96,11 +99,7 @@ impl Hub {
     ///
     /// # Errors
     /// If the thread cannot be started.
-    pub fn start(
-        store: Embedded,
-        state: State,
-        lease_ms: u64,
-    ) -> std::io::Result<(Arc<Hub>, JoinHandle<Result<(), StoreError>>)> {
+    pub fn start(store: Embedded, state: State, lease_ms: u64) -> std::io::Result<(Arc<Hub>, WriterThread)> {
         let (jobs, inbox) = mpsc::channel();
         let publisher = Publisher::new(&state);
         let live = Live {

@@ -204,3 +204,152 @@ fn spread(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::chains;
+    use crate::model::Link;
+    use daisy_shared::chain::Generation;
+    use proptest::prelude::*;
+
+    fn bucket(owners: &[u16]) -> Bucket {
+        let link = |owner: &u16| Link { owner: BackendId(*owner), since: Generation(0) };
+        Bucket { generation: Generation(0), links: owners.iter().map(link).collect() }
+    }
+
+    fn candidates(weights: &[(u16, u32)]) -> Vec<Candidate> {
+        weights.iter().map(|(id, weight)| Candidate { id: BackendId(*id), weight: *weight }).collect()
+    }
+
+    fn carry_out(buckets: &[Bucket], moves: &[Move]) -> Vec<Bucket> {
+        let mut after = buckets.to_vec();
+        for Move { bucket, to } in moves {
+            let place = &mut after[*bucket as usize];
+            *place = chains::moved(place, *to, Generation(1)).expect("a bucket that can move");
+        }
+        after
+    }
+
+    fn heads(buckets: &[Bucket], id: BackendId) -> u32 {
+        buckets.iter().filter(|bucket| bucket.head() == Some(id)).count() as u32
+    }
+
+    /// The fewest moves to any split in which everybody has their exact share rounded down or up, by trying all.
+    fn fewest_moves(buckets: &[Bucket], candidates: &[Candidate]) -> u32 {
+        let (count, sum) =
+            (buckets.len() as u64, candidates.iter().map(|c| u64::from(c.weight)).sum::<u64>());
+        let held: Vec<u64> = candidates.iter().map(|c| u64::from(heads(buckets, c.id))).collect();
+        let strays = count - held.iter().sum::<u64>();
+        let mut best = u64::MAX;
+        for rounding in 0..1u32 << candidates.len() {
+            let split: Vec<u64> = candidates
+                .iter()
+                .enumerate()
+                .map(|(i, c)| {
+                    let product = count * u64::from(c.weight);
+                    if rounding >> i & 1 == 1 { product.div_ceil(sum) } else { product / sum }
+                })
+                .collect();
+            if split.iter().sum::<u64>() == count {
+                let given: u64 = held.iter().zip(&split).map(|(held, want)| held.saturating_sub(*want)).sum();
+                best = best.min(given + strays);
+            }
+        }
+        best as u32
+    }
+
+    /// Tables of 16 or 64 buckets in which numbers 0 to 5 own something, and candidates among them and others.
+    fn situations(longest: usize) -> impl Strategy<Value = (Vec<Bucket>, Vec<Candidate>)> {
+        let chain = proptest::sample::subsequence(vec![0u16, 1, 2, 3, 4, 5], 0..=longest).prop_shuffle();
+        let table = prop_oneof![Just(16usize), Just(64)]
+            .prop_flat_map(move |count| proptest::collection::vec(chain.clone(), count));
+        let able = proptest::collection::btree_map(0u16..8, prop_oneof![1u32..5, Just(100), 0u32..2], 1..7);
+        (table, able).prop_map(|(table, able)| {
+            let weights: Vec<(u16, u32)> = able.into_iter().collect();
+            (table.iter().map(|chain| bucket(chain)).collect(), candidates(&weights))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_fewest_moves_reach_the_target((buckets, candidates) in situations(MAX_CHAIN - 1)) {
+            let moves = plan(Chains::new(&buckets, &[]), &candidates);
+            if candidates.iter().all(|candidate| candidate.weight == 0) {
+                prop_assert_eq!(moves, []);
+                return Ok(());
+            }
+            prop_assert_eq!(moves.len() as u32, fewest_moves(&buckets, &candidates));
+            let after = carry_out(&buckets, &moves);
+            let sum: u64 = candidates.iter().map(|c| u64::from(c.weight)).sum();
+            for c in &candidates {
+                let exact = buckets.len() as u64 * u64::from(c.weight);
+                let held = u64::from(heads(&after, c.id));
+                prop_assert!(held == exact / sum || held == exact.div_ceil(sum), "{c:?} holds {held}");
+            }
+            // Whoever plans again has nothing to do, and whoever plans the same plans the same.
+            prop_assert_eq!(plan(Chains::new(&after, &[]), &candidates), []);
+            prop_assert_eq!(plan(Chains::new(&buckets, &[]), &candidates), moves);
+        }
+
+        #[test]
+        fn full_chains_wait_and_all_else_that_can_move_does((buckets, candidates) in situations(MAX_CHAIN)) {
+            let moves = plan(Chains::new(&buckets, &[]), &candidates);
+            prop_assert!(moves.iter().all(|m| buckets[m.bucket as usize].links.len() < MAX_CHAIN));
+            if candidates.iter().all(|candidate| candidate.weight == 0) {
+                return Ok(());
+            }
+            let targets = targets(buckets.len() as u32, &candidates, |id| heads(&buckets, id));
+            let target = |id| candidates.iter().position(|c| c.id == id).map_or(0, |i| targets[i]);
+            let mut due = buckets.iter().filter(|b| b.links.is_empty()).count() as u32;
+            for id in (0..6).map(BackendId) {
+                let movable = buckets.iter().filter(|b| b.head() == Some(id) && b.links.len() < MAX_CHAIN);
+                due += heads(&buckets, id).saturating_sub(target(id)).min(movable.count() as u32);
+            }
+            prop_assert_eq!(moves.len() as u32, due);
+        }
+
+        #[test]
+        fn replaced_buckets_count(
+            (base, candidates) in situations(4),
+            replaced in proptest::collection::btree_map(0u32..16, 0u16..6, 0..16),
+        ) {
+            let replaced: Vec<(u32, Bucket)> =
+                replaced.into_iter().map(|(number, owner)| (number, bucket(&[owner]))).collect();
+            let mut whole = base.clone();
+            for (number, bucket) in &replaced {
+                whole[*number as usize] = bucket.clone();
+            }
+            let moves = plan(Chains::new(&base, &replaced), &candidates);
+            prop_assert_eq!(moves, plan(Chains::new(&whole, &[]), &candidates));
+        }
+    }
+
+    #[test]
+    fn closed_windows_go_first_and_then_the_shallowest() {
+        let mut buckets = vec![bucket(&[1, 3, 4, 5]), bucket(&[1, 3, 4]), bucket(&[1, 3])];
+        buckets.resize(16, bucket(&[1]));
+        let moves = plan(Chains::new(&buckets, &[]), &candidates(&[(1, 3), (2, 13)]));
+        assert_eq!(moves.iter().map(|m| m.bucket).collect::<Vec<_>>(), (3..16).collect::<Vec<_>>());
+        let moves = plan(Chains::new(&buckets, &[]), &candidates(&[(1, 1), (2, 15)]));
+        assert_eq!(moves.iter().map(|m| m.bucket).collect::<Vec<_>>(), (1..16).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn buckets_return_to_where_their_connections_are() {
+        let mut buckets = vec![bucket(&[1]); 8];
+        buckets.resize(16, bucket(&[1, 2]));
+        let moves = plan(Chains::new(&buckets, &[]), &candidates(&[(1, 1), (2, 1)]));
+        assert_eq!(moves, (8..16).map(|bucket| Move { bucket, to: BackendId(2) }).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn who_holds_more_than_its_floor_keeps_it() {
+        // Shares of 16/3 each: one of the three is rounded up, and it is the one that holds 6 already.
+        let held = |id: BackendId| if id.0 == 2 { 6 } else { 5 };
+        assert_eq!(targets(16, &candidates(&[(0, 1), (1, 1), (2, 1)]), held), [5, 5, 6]);
+        assert_eq!(targets(16, &candidates(&[(0, 1), (1, 1), (2, 1)]), |_| 0), [6, 5, 5]);
+        assert_eq!(targets(16, &candidates(&[(0, 5), (1, 7), (2, 0)]), |_| 0), [7, 9, 0]);
+        assert_eq!(targets(1 << 20, &candidates(&[(0, 1_000_000), (1, 1)]), |_| 0), [(1 << 20) - 1, 1]);
+    }
+}

@@ -10,7 +10,12 @@ use serde_json::Value;
 
 /// Why a request was refused.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Problem {
+#[serde(transparent)]
+pub struct Problem(Box<Details>);
+
+/// The members of a problem.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Details {
     /// The kind of problem. `about:blank`: the status says it all.
     #[serde(rename = "type")]
     pub kind: String,
@@ -31,14 +36,19 @@ pub struct Problem {
 impl Problem {
     /// A problem that no field is to blame for.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Problem {
-        Problem {
+        Problem(Box::new(Details {
             kind: "about:blank".into(),
             title: status.canonical_reason().unwrap_or("Error").into(),
             status: status.as_u16(),
             detail: detail.into(),
             field: None,
             value: None,
-        }
+        }))
+    }
+
+    /// Its members.
+    pub fn details(&self) -> &Details {
+        &self.0
     }
 
     /// A field holds what it cannot: 422.
@@ -62,17 +72,16 @@ impl Problem {
             Value::String(text) => format!("{text:?}"),
             other => other.to_string(),
         };
-        Problem {
-            field: Some(field.into()),
-            value: Some(value),
-            ..Problem::new(status, format!("{field} {shown}: {why}"))
-        }
+        let mut problem = Problem::new(status, format!("{field} {shown}: {why}"));
+        problem.0.field = Some(field.into());
+        problem.0.value = Some(value);
+        problem
     }
 }
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.detail)
+        f.write_str(&self.0.detail)
     }
 }
 
@@ -80,7 +89,7 @@ impl std::error::Error for Problem {}
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status = StatusCode::from_u16(self.0.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let mut response = (status, Json(self)).into_response();
         let kind = HeaderValue::from_static("application/problem+json");
         response.headers_mut().insert(header::CONTENT_TYPE, kind);

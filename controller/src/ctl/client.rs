@@ -63,7 +63,7 @@ impl Client {
             return serde_json::from_str(&text).with_context(at);
         }
         match serde_json::from_str::<Problem>(&text) {
-            Ok(problem) => bail!("{}", problem.detail),
+            Ok(problem) => bail!("{problem}"),
             Err(_) => bail!("controller {}: {status}", self.base),
         }
     }

@@ -1,15 +1,15 @@
 //! The sync loop against a scripted controller.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
+mod controller;
+
 use std::collections::BTreeMap;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
+use controller::{Controller, PATIENCE};
 use daisy_node::stop::Stop;
 use daisy_node::sync::{Config, ConfigError, Node, Refused, run};
 use daisy_shared::bucket::{BackendId, Chain, Entry, Piece};
@@ -19,76 +19,6 @@ use daisy_shared::control::{
 };
 use daisy_shared::flow::HashKey;
 use daisy_shared::service::{Protocol, Service, ServiceId};
-
-const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A controller of whose answers the test writes each, when the request is there.
-struct Controller {
-    url: String,
-    requests: Receiver<(SyncRequest, String, TcpStream)>,
-}
-
-impl Controller {
-    fn start() -> Controller {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let (sender, requests) = channel();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let mut reader = BufReader::new(stream.unwrap());
-                let (mut head, mut length) = (String::new(), 0);
-                loop {
-                    let mut line = String::new();
-                    if reader.read_line(&mut line).unwrap() == 0 || line == "\r\n" {
-                        break;
-                    }
-                    if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                        length = value.trim().parse().unwrap();
-                    }
-                    head.push_str(&line);
-                }
-                let mut body = vec![0; length];
-                reader.read_exact(&mut body).unwrap();
-                let request = serde_json::from_slice(&body).unwrap();
-                if sender.send((request, head, reader.into_inner())).is_err() {
-                    return;
-                }
-            }
-        });
-        Controller { url, requests }
-    }
-
-    /// Waits for a request.
-    fn next(&self) -> Exchange {
-        let (request, head, stream) = self.requests.recv_timeout(PATIENCE).expect("a sync request");
-        Exchange { request, head, stream }
-    }
-
-    /// Waits for a request and answers it.
-    fn answer(&self, response: &SyncResponse) -> SyncRequest {
-        self.next().answer(response)
-    }
-}
-
-/// A request that is not answered yet. Dropped, the controller hangs up.
-struct Exchange {
-    request: SyncRequest,
-    head: String,
-    stream: TcpStream,
-}
-
-impl Exchange {
-    fn answer(self, response: &SyncResponse) -> SyncRequest {
-        self.answer_raw("200 OK", &serde_json::to_vec(response).unwrap())
-    }
-
-    fn answer_raw(mut self, status: &str, body: &[u8]) -> SyncRequest {
-        let length = body.len();
-        let head = format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n");
-        self.stream.write_all(&[head.as_bytes(), body].concat()).unwrap();
-        self.request
-    }
-}
 
 /// Says what it is told, and keeps heads by bucket.
 struct Recorder {

@@ -70,7 +70,7 @@ pub fn run(config: Config, stop: &Stop) -> anyhow::Result<()> {
     let datapath = Datapath::load(&config.datapath)?;
     let pinned = !datapath.services().is_empty();
     let datapath = Arc::new(Mutex::new(datapath));
-    let mut vips = Vips::open(&config.state_dir)?;
+    let mut vips = Vips::open_or_begin(&config.state_dir)?;
     vips.silence_arp(&config.interface.name)?;
 
     let peers = Arc::new(Peers::new(datapath.clone()));

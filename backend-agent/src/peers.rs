@@ -81,12 +81,11 @@ impl Peers {
         }
     }
 
-    /// Takes over an address that the data path has met in a packet. Returns whether its next hop is wanted from
-    /// now on.
+    /// Takes over an address that the data path has met in a packet. Returns whether its next hop is wanted.
     pub fn meet(&self, address: Ipv4Addr) -> bool {
         let mut state = lock(&self.state);
-        if state.peers.contains_key(&address) {
-            return false;
+        if let Some(known) = state.peers.get(&address) {
+            return known.peer.next_hop.is_none();
         }
         let unlisted = state.peers.values().filter(|known| !known.listed).count();
         if unlisted == MAX_UNLISTED {

@@ -66,6 +66,8 @@ pub struct Vips {
     loopback: u32,
     path: PathBuf,
     record: Record,
+    /// Addresses that were on `lo` already, as the log has said.
+    foreign: BTreeSet<Ipv4Addr>,
     /// The record could not be written, and the log says so.
     unwritten: bool,
 }
@@ -83,10 +85,29 @@ impl Vips {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Record::default(),
             Err(error) => return Err(VipError::Record { path, error }),
         };
+        Vips::with(path, record)
+    }
+
+    /// As [`Vips::open`]; but a record that cannot be read is reported in the log and begun anew, so that what
+    /// was changed before it is taken for somebody else's and stays. Better that than an agent that does not start.
+    ///
+    /// # Errors
+    /// If the kernel has no `lo`.
+    pub fn open_or_begin(state_dir: &Path) -> Result<Vips, VipError> {
+        Vips::open(state_dir).or_else(|error| match error {
+            VipError::Record { path, error } => {
+                warn!(file = %path.display(), %error, "the record of changes to this host is lost; beginning a new one");
+                Vips::with(path, Record::default())
+            }
+            error => Err(error),
+        })
+    }
+
+    fn with(path: PathBuf, record: Record) -> Result<Vips, VipError> {
         let netlink = Connection::open(NETLINK_ROUTE).map_err(kernel("open a netlink socket"))?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)
             .map_err(|error| kernel("find the loopback interface lo")(error.into()))?;
-        Ok(Vips { netlink, loopback, path, record, unwritten: false })
+        Ok(Vips { netlink, loopback, path, record, foreign: BTreeSet::new(), unwritten: false })
     }
 
     /// Keeps the underlay interface silent about addresses on `lo`: `arp_ignore` = 1, `arp_announce` = 2 (see
@@ -127,7 +148,7 @@ impl Vips {
     /// If the kernel refuses.
     pub fn add(&mut self, vip: Ipv4Addr) -> Result<(), VipError> {
         if self.on_loopback()?.iter().any(|there| there.address == vip) {
-            if !self.record.addresses.contains(&vip) {
+            if !self.record.addresses.contains(&vip) && self.foreign.insert(vip) {
                 info!(%vip, "the address is on lo already; it will be left there");
             }
             return Ok(());

@@ -231,6 +231,8 @@ fn a_damaged_record_is_named_and_a_refusing_disk_stops_nothing() {
     fs::write(state.join("vip.json"), "{").unwrap();
     let error = host.run(move || Vips::open(&state).err().unwrap().to_string());
     assert!(error.contains("vip.json: "), "{error}");
+    let state = dir.path().to_owned();
+    host.run(move || Vips::open_or_begin(&state).unwrap());
     // A file where the directory should be.
     let state = dir.path().join("vip.json").join("state");
     host.run(move || {

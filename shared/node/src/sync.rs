@@ -215,7 +215,8 @@ impl<N: Node> Sync<N> {
         })
     }
 
-    /// Applies the last good directory and tables from disk. Returns whether there were any.
+    /// Applies the last good directory and tables from disk. Returns whether that is something to work from: some
+    /// table, or all that there was.
     pub fn restore(&mut self) -> bool {
         let dir = self.config.state_dir.display().to_string();
         let loaded = match store::load(&self.config.state_dir) {
@@ -232,6 +233,7 @@ impl<N: Node> Sync<N> {
             self.node.apply_directory(directory);
             self.directory = directory.version;
         }
+        let mut whole = loaded.damaged.is_empty();
         for TableUpdate { service, piece } in loaded.tables {
             let generation = piece.generation;
             match self.node.apply_table(&service, &piece) {
@@ -241,10 +243,13 @@ impl<N: Node> Sync<N> {
                         Applied { generation: Some(generation), service, dirty: false, saved: None };
                     self.services.insert(applied.service.id, applied);
                 }
-                Err(error) => warn!(service = service.name, %error, "table on disk ignored"),
+                Err(error) => {
+                    warn!(service = service.name, %error, "table on disk ignored");
+                    whole = false;
+                }
             }
         }
-        loaded.directory.is_some() || !self.services.is_empty()
+        !self.services.is_empty() || whole && loaded.directory.is_some()
     }
 
     /// The node.

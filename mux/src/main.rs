@@ -134,6 +134,9 @@ fn start(args: Args) -> anyhow::Result<Running> {
         gue_port: args.gue_port,
     };
     config.check()?;
+    // Now, and not when there is first something to keep.
+    let place = || format!("state directory {}", args.state_dir.display());
+    std::fs::create_dir_all(&args.state_dir).with_context(place)?;
     let link = Link {
         mac: interface.mac.0,
         address: interface.address,
@@ -167,7 +170,6 @@ fn start(args: Args) -> anyhow::Result<Running> {
     let neighbours = Neighbours::start(&interface, Arc::clone(&state))
         .with_context(|| format!("interface {}: following its neighbours", args.interface))?;
     let mux = Mux::new(Arc::clone(&state), neighbours, threads.published.clone());
-    let place = || format!("state directory {}", args.state_dir.display());
     let mut sync = Sync::new(config, mux).with_context(place)?;
     info!(
         interface = args.interface,

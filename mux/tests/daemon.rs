@@ -1,0 +1,543 @@
+//! `daisy-mux` itself, on veth interfaces between network namespaces, with a scripted controller: every way of
+//! moving packets that needs a kernel. Needs root.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+#[path = "../../shared/node/tests/netns/mod.rs"]
+mod netns;
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use common::{VIP, delta, directory, entry, service, snapshot};
+use daisy_shared::control::{SyncRequest, SyncResponse, TableUpdate};
+use daisy_shared::wire::gue;
+use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, IpNumber, Ipv4Header, TcpHeader};
+use netns::Host;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The mux's address; its peer, who is client and backends at once, has the others.
+const MUX: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
+const BACKENDS: u16 = 3;
+/// How many packets may be on their way: fewer than any buffer between here and there holds.
+const WINDOW: usize = 100;
+
+/// A controller that says what it is told, and shows what the mux asks.
+struct Controller {
+    url: String,
+    answers: Sender<SyncResponse>,
+    requests: Receiver<SyncRequest>,
+}
+
+impl Controller {
+    fn start() -> Controller {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        let (answers, script) = channel::<SyncResponse>();
+        let (seen, requests) = channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut reader = BufReader::new(stream.unwrap());
+                let mut length = 0;
+                loop {
+                    let mut line = String::new();
+                    if reader.read_line(&mut line).unwrap() == 0 || line == "\r\n" {
+                        break;
+                    }
+                    if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                        length = value.trim().parse().unwrap();
+                    }
+                }
+                let mut body = vec![0; length];
+                reader.read_exact(&mut body).unwrap();
+                let request: SyncRequest = serde_json::from_slice(&body).unwrap();
+                let wait = Duration::from_millis(request.wait_ms.min(50));
+                if seen.send(request).is_err() {
+                    return;
+                }
+                let answer = script.recv_timeout(wait).unwrap_or_default();
+                let body = serde_json::to_vec(&SyncResponse { lease_ms: 3000, ..answer }).unwrap();
+                let head =
+                    format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+                // A mux that was killed does not read it.
+                let _gone = reader.into_inner().write_all(&[head.as_bytes(), &body].concat());
+            }
+        });
+        Controller { url, answers, requests }
+    }
+
+    /// Says something, and waits until the mux has applied this generation.
+    fn publish(&self, answer: SyncResponse, generation: u32) -> SyncRequest {
+        self.answers.send(answer).unwrap();
+        self.until(|request| request.applied.get(&service().id).is_some_and(|g| g.0 == generation))
+    }
+
+    /// Waits for a request that says this.
+    fn until(&self, good: impl Fn(&SyncRequest) -> bool) -> SyncRequest {
+        loop {
+            let request = self.requests.recv_timeout(PATIENCE).expect("a sync request");
+            if good(&request) {
+                return request;
+            }
+        }
+    }
+}
+
+/// The daemon.
+struct Daemon {
+    child: Child,
+    lines: Receiver<String>,
+}
+
+impl Daemon {
+    fn start(host: &Host, arguments: &[&str]) -> Daemon {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_daisy-mux"));
+        command.args(arguments).stderr(Stdio::piped());
+        let mut child = host.run(move || command.spawn().unwrap());
+        let (sender, lines) = channel();
+        let stderr = child.stderr.take().unwrap();
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines() {
+                let line = line.unwrap();
+                eprintln!("daisy-mux: {line}");
+                let _test_is_over = sender.send(line);
+            }
+        });
+        Daemon { child, lines }
+    }
+
+    /// Waits for a log line with this message.
+    fn said(&self, message: &str) -> Value {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let line = self.lines.recv_timeout(left).unwrap_or_else(|_| panic!("never said {message:?}"));
+            let line: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("said {line:?}"));
+            if line["message"] == message {
+                return line;
+            }
+        }
+    }
+
+    fn terminate(mut self) -> (Value, ExitStatus) {
+        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+        let last = self.said("stopped");
+        (last, self.child.wait().unwrap())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ended = self.child.kill();
+        let _status = self.child.wait();
+    }
+}
+
+/// An encapsulated packet, as its backend gets it.
+struct Output {
+    backend: u16,
+    gue: gue::Header,
+    inner: Vec<u8>,
+}
+
+/// The mux's peer: sends what clients send, and receives what backends receive.
+struct Peer {
+    outputs: Receiver<Output>,
+    packets: Sender<(Vec<u8>, Ipv4Addr)>,
+    next: u32,
+    /// How many packets have been sent to the service.
+    sent: u64,
+}
+
+impl Peer {
+    /// To be started on the peer's host.
+    fn start() -> Peer {
+        let (sender, outputs) = channel();
+        for backend in 1..=BACKENDS {
+            let udp = UdpSocket::bind((common::address(backend), gue::PORT)).unwrap();
+            setsockopt(&udp, sockopt::RcvBufForce, &(8 << 20)).unwrap();
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                let mut bytes = vec![0; 2000];
+                while let Ok((length, from)) = udp.recv_from(&mut bytes) {
+                    assert_eq!(from.ip(), MUX);
+                    let gue = gue::Header::parse(&bytes[..length]).unwrap();
+                    let inner = bytes[gue.len()..length].to_vec();
+                    if sender.send(Output { backend, gue, inner }).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        let (packets, inbox) = channel::<(Vec<u8>, Ipv4Addr)>();
+        std::thread::spawn(move || {
+            let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)
+                .unwrap();
+            for (packet, to) in inbox {
+                let to = SockaddrIn::from(SocketAddrV4::new(to, 0));
+                sendto(raw.as_raw_fd(), &packet, &to, MsgFlags::empty()).unwrap();
+            }
+        });
+        Peer { outputs, packets, next: 0, sent: 0 }
+    }
+
+    /// A TCP segment for the service, unlike all before. Returns its sequence number.
+    fn send(&mut self) -> u32 {
+        let sequence = self.next;
+        self.next += 1;
+        self.sent += 1;
+        let packet = segment(sequence);
+        self.packets.send((packet, VIP)).unwrap();
+        sequence
+    }
+
+    /// Sends so many segments, and checks that each comes out once, unchanged, and as `legal` says.
+    fn exchange(&mut self, count: usize, mut legal: impl FnMut(&Output)) {
+        let mut waiting = HashMap::new();
+        let mut left = count;
+        while left > 0 || !waiting.is_empty() {
+            while left > 0 && waiting.len() < WINDOW {
+                let sequence = self.send();
+                waiting.insert(sequence, segment(sequence));
+                left -= 1;
+            }
+            let output = self.outputs.recv_timeout(PATIENCE).unwrap_or_else(|_| {
+                panic!("{} packets lost, after {} of {count}", waiting.len(), count - left - waiting.len())
+            });
+            let sequence = sequence_of(&output.inner);
+            let packet = waiting.remove(&sequence).expect("a packet that came twice, or was never sent");
+            assert_eq!(output.inner, packet);
+            legal(&output);
+        }
+    }
+
+    /// Sends single segments until one comes out. Returns how many were needed.
+    fn until_one_arrives(&mut self) -> u32 {
+        let deadline = Instant::now() + PATIENCE;
+        let first = self.next;
+        loop {
+            let sequence = self.send();
+            match self.outputs.recv_timeout(Duration::from_millis(100)) {
+                Ok(output) => {
+                    // Earlier ones may be late; the last one closes the series.
+                    if sequence_of(&output.inner) == sequence {
+                        return sequence - first + 1;
+                    }
+                }
+                Err(_) => assert!(Instant::now() < deadline, "nothing arrives any more"),
+            }
+        }
+    }
+}
+
+/// The TCP segment with this number, from one of many ports.
+fn segment(sequence: u32) -> Vec<u8> {
+    let mut ip = Ipv4Header::new(0, 60, IpNumber::TCP, common::CLIENT.octets(), VIP.octets()).unwrap();
+    // Or the kernel would choose one.
+    ip.identification = sequence as u16 | 1;
+    let tcp = TcpHeader::new((sequence % 5000) as u16 + 1024, 80, sequence, 1000);
+    let payload = vec![sequence as u8; sequence as usize % 1000];
+    let packet = common::ipv4(ip, &[&tcp.to_bytes()[..], &payload].concat());
+    packet[14..].to_vec()
+}
+
+fn sequence_of(inner: &[u8]) -> u32 {
+    u32::from_be_bytes(inner[24..28].try_into().unwrap())
+}
+
+/// The service's table, all buckets alike.
+fn update(from: Option<u32>, generation: u32, chain: &[u16]) -> SyncResponse {
+    let service = service();
+    let piece = match from {
+        None => snapshot(&service, generation, chain),
+        Some(from) => {
+            let entries = (0..service.buckets).map(|bucket| entry(bucket, generation, chain)).collect();
+            delta(&service, from, generation, entries)
+        }
+    };
+    SyncResponse { tables: vec![TableUpdate { service, piece }], ..SyncResponse::default() }
+}
+
+/// The chain in a generation: it is another in each.
+fn chain_of(generation: u32) -> [u16; 2] {
+    let head = generation as u16 % BACKENDS;
+    [head + 1, (head + 1) % BACKENDS + 1]
+}
+
+/// Two hosts and a wire.
+fn network() -> (Host, Host) {
+    let (mux, peer) = (Host::new(), Host::new());
+    mux.join("eth0", &peer, "eth0");
+    mux.sh("ip addr add 10.1.0.1/24 dev eth0; ip route add 10.2.0.0/16 dev eth0");
+    peer.sh("ip addr add 10.1.0.254/24 dev eth0; ip route add 203.0.113.0/24 via 10.1.0.1");
+    for backend in 1..=BACKENDS {
+        peer.sh(&format!("ip addr add {}/32 dev eth0", common::address(backend)));
+    }
+    (mux, peer)
+}
+
+/// Sends an echo request, and waits for its answer.
+fn ping(to: Ipv4Addr) {
+    let icmp =
+        socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Icmp).unwrap();
+    setsockopt(&icmp, sockopt::ReceiveTimeout, &TimeVal::seconds(PATIENCE.as_secs() as i64)).unwrap();
+    let echo = IcmpEchoHeader { id: 0xda15, seq: 1 };
+    let mut request =
+        Icmpv4Header::with_checksum(Icmpv4Type::EchoRequest(echo), b"there?").to_bytes().to_vec();
+    request.extend_from_slice(b"there?");
+    sendto(icmp.as_raw_fd(), &request, &SockaddrIn::from(SocketAddrV4::new(to, 0)), MsgFlags::empty())
+        .unwrap();
+    let mut bytes = [0; 200];
+    loop {
+        let length = recv(icmp.as_raw_fd(), &mut bytes, MsgFlags::empty()).expect("no answer to a ping");
+        let (_, rest) = Ipv4Header::from_slice(&bytes[..length]).unwrap();
+        if Icmpv4Header::from_slice(rest).unwrap().0.icmp_type == Icmpv4Type::EchoReply(echo) {
+            return;
+        }
+    }
+}
+
+fn has_program(host: &Host) -> bool {
+    host.run(|| {
+        let links = Command::new("ip").args(["-j", "link", "show", "eth0"]).output().unwrap().stdout;
+        let links: Value = serde_json::from_slice(&links).unwrap();
+        !links[0]["xdp"].is_null()
+    })
+}
+
+fn all_named(counters: &BTreeMap<String, u64>) -> (u64, u64) {
+    let of = |name: &str| counters.get(name).copied().unwrap_or(0);
+    let dropped: u64 = counters.iter().filter(|(name, _)| name.starts_with("dropped_")).map(|(_, n)| n).sum();
+    (of("received"), of("sent") + of("passed") + dropped)
+}
+
+fn forwards(io: &[&str]) {
+    let (mux_host, peer_host) = network();
+    let controller = mux_host.run(Controller::start);
+    let state = tempfile::tempdir().unwrap();
+    let state_dir = state.path().to_str().unwrap();
+    let base = ["--name", "m1", "--interface", "eth0", "--state-dir", state_dir, "--log-format", "json"];
+    let arguments = [&base[..], &["--controller", &controller.url], io].concat();
+    let daemon = Daemon::start(&mux_host, &arguments);
+    daemon.said("no table on disk; waiting for a controller");
+    let mut peer = peer_host.run(Peer::start);
+
+    // A table comes, and packets go where it says.
+    let mut first = update(None, 5, &[1]);
+    first.directory = Some(directory(1, 1..=2));
+    controller.publish(first, 5);
+    daemon.said("ready");
+    peer.exchange(2000, |output| assert_eq!((output.backend, &output.gue.walk), (1, &None)));
+
+    // Every window opens, and a backend is new.
+    let mut second = update(Some(5), 6, &chain_of(6));
+    second.directory = Some(directory(2, 1..=BACKENDS));
+    controller.publish(second, 6);
+    // Tables change under traffic: nothing is lost, and each packet goes by one table.
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&stop);
+    let (controller, generations) = std::thread::scope(|scope| {
+        let changes = scope.spawn(move || {
+            let mut generation = 6;
+            while !flag.load(Ordering::Relaxed) {
+                generation += 1;
+                // Now and then the whole table, as after a gap.
+                let from = (generation % 10 != 0).then(|| generation - 1);
+                controller.publish(update(from, generation, &chain_of(generation)), generation);
+            }
+            (controller, generation)
+        });
+        let mut seen = std::collections::BTreeSet::new();
+        peer.exchange(30_000, |output| {
+            let walk = output.gue.walk.as_ref().expect("every window is open");
+            let [head, previous] = chain_of(walk.generation.0);
+            assert_eq!(output.backend, head, "generation {}", walk.generation);
+            assert_eq!(walk.to_visit[..], [common::address(previous)]);
+            assert_eq!((walk.hops, walk.returned, walk.visited.len()), (0, false, 0));
+            seen.insert(walk.generation.0);
+        });
+        stop.store(true, Ordering::Relaxed);
+        let changed = changes.join().unwrap();
+        assert!(seen.len() > 3, "the table was not changed under traffic: {seen:?}");
+        changed
+    });
+
+    // What is not for the service is the kernel's: ARP anew, then TCP and ping of the mux's own address.
+    peer_host.sh("ip neigh flush dev eth0");
+    let listener = mux_host.run(|| TcpListener::bind((MUX, 7)).unwrap());
+    peer_host.run(|| TcpStream::connect((MUX, 7)).unwrap());
+    drop(listener);
+    peer_host.run(|| ping(MUX));
+
+    // Fragments are counted and dropped; another port of the address is not ours.
+    let mut fragment = Ipv4Header::new(0, 60, IpNumber::TCP, common::CLIENT.octets(), VIP.octets()).unwrap();
+    fragment.more_fragments = true;
+    fragment.identification = 9;
+    let fragment = common::ipv4(fragment, &[0; 64])[14..].to_vec();
+    let elsewhere = common::tcp(1, VIP, 81, b"")[14..].to_vec();
+    for _ in 0..10 {
+        peer.packets.send((fragment.clone(), VIP)).unwrap();
+        peer.packets.send((elsewhere.clone(), VIP)).unwrap();
+    }
+    let request = controller.until(|request| request.counters.get("dropped_fragment") == Some(&10));
+    let (received, accounted) = all_named(&request.counters);
+    assert_eq!(received, accounted, "{:?}", request.counters);
+    assert_eq!(request.counters["sent"], peer.sent);
+    assert_eq!(request.counters["chained_header"], peer.sent - 2000);
+    assert_eq!(request.counters["missed"], 0);
+    assert_eq!(request.counters["table_swaps"], u64::from(generations - 4));
+
+    // The neighbour gets another Ethernet address.
+    peer_host
+        .sh("echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify; ip link set eth0 address 02:00:00:00:00:77");
+    peer.until_one_arrives();
+    peer.exchange(500, |_| {});
+
+    // The mux's own address changes, too.
+    mux_host
+        .sh("echo 1 > /proc/sys/net/ipv4/conf/eth0/arp_notify; ip link set eth0 address 02:00:00:00:00:66");
+    peer.until_one_arrives();
+    peer.exchange(500, |_| {});
+
+    let (last, status) = daemon.terminate();
+    assert!(status.success(), "{status}");
+    assert_eq!(last["conserved"], true);
+    assert_eq!(last["missed"], 0);
+    assert!(!has_program(&mux_host));
+
+    // Without a controller, from its disk.
+    drop(controller);
+    let daemon = Daemon::start(&mux_host, &[&base[..], &["--controller", "http://127.0.0.1:1"], io].concat());
+    daemon.said("ready");
+    let before = peer.sent;
+    peer.exchange(500, |output| assert_eq!(output.backend, chain_of(generations)[0]));
+    let (last, status) = daemon.terminate();
+    assert!(status.success(), "{status}");
+    assert_eq!(last["sent"], peer.sent - before);
+    assert_eq!(last["conserved"], true);
+
+    // Killed, it leaves nothing behind.
+    let mut daemon =
+        Daemon::start(&mux_host, &[&base[..], &["--controller", "http://127.0.0.1:1"], io].concat());
+    daemon.said("ready");
+    assert_eq!(has_program(&mux_host), io.contains(&"af-xdp"));
+    daemon.child.kill().unwrap();
+    daemon.child.wait().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while has_program(&mux_host) {
+        assert!(Instant::now() < deadline, "an XDP program is left");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn af_packet_forwards() {
+    forwards(&["--io", "af-packet"]);
+}
+
+#[test]
+fn af_xdp_native_forwards() {
+    forwards(&["--io", "af-xdp", "--xdp-mode", "native"]);
+}
+
+#[test]
+fn af_xdp_generic_forwards() {
+    forwards(&["--io", "af-xdp", "--xdp-mode", "generic"]);
+}
+
+#[test]
+fn a_sender_that_leaves_checksums_to_the_device_is_served() {
+    let (mux_host, peer_host) = network();
+    let controller = mux_host.run(Controller::start);
+    let state = tempfile::tempdir().unwrap();
+    #[rustfmt::skip]
+    let daemon = Daemon::start(&mux_host, &[
+        "--name", "m1", "--interface", "eth0", "--state-dir", state.path().to_str().unwrap(), "--io", "af-packet",
+        "--controller", &controller.url, "--log-format", "json",
+    ]);
+    let mut table = update(None, 5, &[1]);
+    table.directory = Some(directory(1, 1..=1));
+    controller.publish(table, 5);
+    daemon.said("ready");
+    let peer = peer_host.run(Peer::start);
+    // A SYN from the kernel's own TCP, on a veth that offers to compute checksums.
+    peer_host.run(|| {
+        std::thread::spawn(|| TcpStream::connect_timeout(&(VIP, 80).into(), Duration::from_millis(500)));
+    });
+    let inner = peer.outputs.recv_timeout(PATIENCE).unwrap().inner;
+    let (ip, rest) = Ipv4Header::from_slice(&inner).unwrap();
+    let (tcp, payload) = TcpHeader::from_slice(rest).unwrap();
+    assert!(tcp.syn && payload.is_empty());
+    assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, payload).unwrap());
+}
+
+/// Runs the daemon to its end. Returns its exit code and what it said.
+fn fails(host: &Host, arguments: &[&str]) -> (Option<i32>, String) {
+    // One that does start would run for ever.
+    let mut command = Command::new("timeout");
+    command.arg("20").arg(env!("CARGO_BIN_EXE_daisy-mux")).args(arguments);
+    let output = host.run(move || command.output().unwrap());
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn what_cannot_work_stops_at_the_start_with_one_line() {
+    let (host, peer) = (Host::new(), Host::new());
+    host.join("eth0", &peer, "eth0");
+    host.sh("ip addr add 10.1.0.1/24 dev eth0; ip link set eth0 mtu 9000; ip addr add 10.9.0.1/8 dev lo");
+    let state = tempfile::tempdir().unwrap();
+    let state_dir = state.path().to_str().unwrap();
+    let file: PathBuf = state.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let with = |changes: &[(&str, &str)]| {
+        let mut flags = BTreeMap::from([
+            ("--name", "m1"),
+            ("--interface", "eth0"),
+            ("--io", "af-packet"),
+            ("--controller", "http://127.0.0.1:1"),
+            ("--state-dir", state_dir),
+        ]);
+        flags.extend(changes.iter().copied());
+        let flags = flags.into_iter().filter(|(_, value)| !value.is_empty());
+        flags.flat_map(|(flag, value)| [flag.to_owned(), value.to_owned()]).collect::<Vec<_>>()
+    };
+    let inside = |path: &Path| path.join("inside").to_str().unwrap().to_owned();
+    let rows = [
+        (with(&[("--interface", "eth7")]), "interface eth7: there is no such interface"),
+        (with(&[("--interface", "lo")]), "interface lo: has no Ethernet address"),
+        (with(&[("--io", "af-xdp")]), "interface eth0: its MTU of 9000 is above"),
+        (with(&[("--io", "netmap")]), "invalid value 'netmap' for '--io <IO>'"),
+        (with(&[("--name", "")]), "required arguments were not provided: --name <NAME>"),
+        (with(&[("--name", "m/1")]), "node name \"m/1\" is not"),
+        (with(&[("--controller", "ftp://x")]), "controller \"ftp://x\" is not of the form"),
+        (with(&[("--token-file", file.to_str().unwrap())]), "holds no token"),
+        (with(&[("--state-dir", &inside(&file))]), "file/inside"),
+        (with(&[("--xdp-mode", "fast")]), "XDP mode \"fast\" is none of"),
+        (with(&[("--gue-port", "70000")]), "'70000'"),
+    ];
+    for (arguments, expected) in rows {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let (code, said) = fails(&host, &arguments);
+        let last = said.lines().last().unwrap_or_default();
+        assert_eq!(code, Some(2), "{arguments:?}: {said}");
+        assert!(last.starts_with("error: ") && last.contains(expected), "{arguments:?}: {said}");
+        let log_lines = said.lines().filter(|line| !line.contains("INFO") && !line.contains("WARN"));
+        assert_eq!(log_lines.count(), 1, "{said}");
+    }
+}

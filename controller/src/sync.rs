@@ -16,12 +16,26 @@ use crate::model::Health;
 use crate::problem::Problem;
 use crate::publish;
 
+/// Who a node is.
+enum Who {
+    /// A mux.
+    Mux,
+    /// The agent of this backend.
+    Agent(BackendId),
+    /// An agent that no backend is configured for.
+    Spare,
+}
+
 /// Answers a sync.
 ///
 /// # Errors
-/// A [`Problem`]: the node is not who it says, or no backend is configured for it.
+/// A [`Problem`]: the node is not who it says.
 pub async fn sync(hub: &Arc<Hub>, name: &str, request: SyncRequest) -> Result<SyncResponse, Problem> {
-    let backend = admit(hub, name, &request).await?;
+    let backend = match admit(hub, name, &request).await? {
+        Who::Mux => None,
+        Who::Agent(id) => Some(id),
+        Who::Spare => return Ok(stand_by(hub, name, &request).await),
+    };
     hear(hub, name, backend, &request);
     take_in(hub, name, backend, &request).await?;
     // A request that is kept long would let the lease run out meanwhile.
@@ -44,21 +58,45 @@ pub async fn sync(hub: &Arc<Hub>, name: &str, request: SyncRequest) -> Result<Sy
     }
 }
 
-/// Who the node is: an agent's backend, or `None` for a mux.
-async fn admit(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> Result<Option<BackendId>, Problem> {
+/// Answers an agent that no backend is configured for: it learns who is who, so that its data path stands ready
+/// when one is. It hears of that at once: a backend that had to wait for its agent's next attempt would lose
+/// packets meanwhile. Nothing is taken from it, what it may have applied while it served included.
+async fn stand_by(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> SyncResponse {
+    let wait = Duration::from_millis(request.wait_ms.min(hub.lease_ms / 3));
+    let deadline = Instant::now() + wait;
+    let mut news = hub.watch(request.kind);
+    loop {
+        news.borrow_and_update();
+        let (directory, configured) = {
+            let state = &hub.tables.read().await.state;
+            let directory = (request.directory != state.meta.directory).then(|| publish::directory(state));
+            (directory, state.backend(name).is_some())
+        };
+        if !configured {
+            hub.knock(name, request.address);
+        }
+        if configured || directory.is_some() || Instant::now() >= deadline {
+            return SyncResponse { lease_ms: hub.lease_ms, directory, ..SyncResponse::default() };
+        }
+        tokio::select! {
+            _ = tokio::time::sleep_until(deadline) => {}
+            _ = news.changed() => {}
+        }
+    }
+}
+
+/// Who the node is.
+async fn admit(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> Result<Who, Problem> {
     let address = request.address;
     match request.kind {
         NodeKind::Agent => {
             let tables = hub.tables.read().await;
-            let Some((id, backend)) = tables.state.backend(name) else {
-                hub.knock(name, address);
-                return Err(Problem::not_found("node", name, "no backend of this name is configured"));
-            };
+            let Some((id, backend)) = tables.state.backend(name) else { return Ok(Who::Spare) };
             if backend.address != address {
                 let why = format!("backend {name} is configured at {}", backend.address);
                 return Err(Problem::conflict("address", address, why));
             }
-            Ok(Some(id))
+            Ok(Who::Agent(id))
         }
         NodeKind::Mux => {
             let known = hub.tables.read().await.state.muxes.get(name).map(|mux| mux.address);
@@ -72,7 +110,7 @@ async fn admit(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> Result<Opti
                 }
                 hub.command(Command::AddMux { name: name.to_owned(), address }, false).await?;
             }
-            Ok(None)
+            Ok(Who::Mux)
         }
     }
 }

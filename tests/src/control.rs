@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::echo::report::ServerReport;
 use crate::netns;
-use crate::node::{NodeView, ServiceView};
+use crate::node::{BackendView, NodeView, ServiceView};
 use crate::process::Process;
 use crate::topology::{CONTROLLER_ADDRESS, CONTROLLER_PORT, PATIENCE, Topology, log_filter};
 use crate::traffic::{EchoClient, EchoOptions, Requests};
@@ -233,18 +233,20 @@ impl Topology {
         Ok(())
     }
 
-    /// Waits until every node whose daemon runs, and that is not cut off from the controller, is live and has
-    /// applied the newest tables.
+    /// Waits until every mux that runs, and every agent that runs and whose backend is in a service, is live and
+    /// has applied the newest tables; nodes that are cut off from the controller excepted.
     ///
     /// # Errors
     /// If that takes too long.
     pub fn wait_settled(&mut self) -> Result<()> {
         let muxes = self.muxes.iter().filter(|m| m.process.is_some()).map(|m| m.name.clone());
         let agents = self.backends.iter().filter(|b| b.agent.is_some()).map(|b| b.name.clone());
-        let names: Vec<String> = muxes.chain(agents).filter(|name| !self.cut.contains(name)).collect();
+        let (muxes, agents): (Vec<String>, Vec<String>) = (muxes.collect(), agents.collect());
         self.wait_for("every node is live and up to date", PATIENCE, |net| {
             let nodes = net.nodes()?;
-            for name in &names {
+            let backends: Vec<BackendView> = net.get_as("/v1/backends")?;
+            let serving = agents.iter().filter(|name| backends.iter().any(|backend| backend.name == **name));
+            for name in muxes.iter().chain(serving).filter(|name| !net.cut.contains(name)) {
                 match nodes.iter().find(|node| node.name == *name) {
                     Some(node) if node.is_settled() => {}
                     Some(node) => bail!("{name}: lease {}, behind {}", node.lease, node.behind),

@@ -140,7 +140,7 @@ fn run(script: &[Step]) -> State {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn chains_hold_under_any_sequence_of_commands(script in proptest::collection::vec(steps(), 1..80)) {
         run(&script);

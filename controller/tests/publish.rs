@@ -134,7 +134,7 @@ fn happenings() -> impl Strategy<Value = Happening> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn whoever_syncs_knows_what_concerns_them(script in proptest::collection::vec(happenings(), 1..80)) {
         let mut world = World::new();

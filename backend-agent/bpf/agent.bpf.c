@@ -10,11 +10,23 @@
 #include "install.h"
 #include "mss.h"
 
+/* Where the outer headers of a frame stand. */
 struct outer {
-	struct ethernet ethernet;
-	struct ipv4 ip;
-	struct udp udp;
+	struct ethernet *ethernet;
+	struct ipv4 *ip;
+	struct udp *udp;
 };
+
+INLINE struct outer outer_of(void *data)
+{
+	struct outer outer = {
+		.ethernet = data,
+		.ip = data + ETHERNET_LEN,
+		.udp = data + ETHERNET_LEN + IPV4_LEN,
+	};
+
+	return outer;
+}
 
 /* A probe as two words: daisy_shared::wire::probe. The nonce follows. */
 struct probe {
@@ -25,29 +37,29 @@ struct probe {
 
 INLINE int is_probe(const struct outer *outer, const void *end, __u8 kind)
 {
-	const struct probe *probe = (const void *)(outer + 1);
+	const struct probe *probe = (const void *)(outer->udp + 1);
 
-	return outer->udp.len == bpf_htons(UDP_LEN + PROBE_LEN) && (const void *)probe + PROBE_LEN <= end &&
+	return outer->udp->len == bpf_htons(UDP_LEN + PROBE_LEN) && (const void *)probe + PROBE_LEN <= end &&
 	       probe->gue.first == GUE_CONTROL_BIT && probe->gue.protocol == PROBE_CTYPE && probe->gue.flags == 0 &&
 	       probe->kind == kind && !probe->zero[0] && !probe->zero[1] && !probe->zero[2];
 }
 
 /* Turns a probe into its answer. */
-INLINE void answer_probe(struct outer *outer)
+INLINE void answer_probe(const struct outer *outer)
 {
-	struct probe *probe = (void *)(outer + 1);
-	struct ethernet ethernet = outer->ethernet;
-	__be32 address = outer->ip.source;
-	__be16 port = outer->udp.source;
+	struct probe *probe = (void *)(outer->udp + 1);
+	struct ethernet ethernet = *outer->ethernet;
+	__be32 address = outer->ip->source;
+	__be16 port = outer->udp->source;
 
-	__builtin_memcpy(outer->ethernet.destination, ethernet.source, 6);
-	__builtin_memcpy(outer->ethernet.source, ethernet.destination, 6);
+	__builtin_memcpy(outer->ethernet->destination, ethernet.source, 6);
+	__builtin_memcpy(outer->ethernet->source, ethernet.destination, 6);
 	/* The header's checksum does not change when the addresses change places. */
-	outer->ip.source = outer->ip.destination;
-	outer->ip.destination = address;
-	outer->udp.source = outer->udp.destination;
-	outer->udp.destination = port;
-	outer->udp.checksum = 0;
+	outer->ip->source = outer->ip->destination;
+	outer->ip->destination = address;
+	outer->udp->source = outer->udp->destination;
+	outer->udp->destination = port;
+	outer->udp->checksum = 0;
 	probe->kind = PROBE_REPLY;
 }
 
@@ -69,17 +81,17 @@ INLINE __u32 decapsulate(struct xdp_md *ctx, const struct ethernet *ethernet, __
 }
 
 /* Rewrites the outer headers for the next owner: daisy_shared::wire::outer. */
-INLINE __u32 forward(struct xdp_md *ctx, struct scratch *s, const struct outer *outer, __u32 payload_len,
+INLINE __u32 forward(struct xdp_md *ctx, struct scratch *s, const struct outer *from, __u32 payload_len,
 		     __u32 gue_len, __u32 outcome)
 {
 	__u32 new_gue_len = GUE_BASE_LEN + GUE_WALK_BASE_LEN + 4 * s->out.len;
 	__u32 ip_len = OUTER_LEN + payload_len - gue_len + new_gue_len;
 	__u32 zero = 0, next = s->next;
-	__u16 source_port = outer->udp.source;
-	__u8 tos = outer->ip.tos;
+	__u16 source_port = from->udp->source;
+	__u8 tos = from->ip->tos;
 	struct link *config = bpf_map_lookup_elem(&link, &zero);
-	struct outer *to;
-	void *end;
+	struct outer to;
+	void *data, *end;
 
 	if (!config || ip_len > config->mtu)
 		return DROP_TOO_BIG;
@@ -90,29 +102,30 @@ INLINE __u32 forward(struct xdp_md *ctx, struct scratch *s, const struct outer *
 	}
 	if (bpf_xdp_adjust_head(ctx, (int)gue_len - (int)new_gue_len))
 		return DROP_NO_HEADROOM;
-	to = (void *)(long)ctx->data;
+	data = (void *)(long)ctx->data;
 	end = (void *)(long)ctx->data_end;
-	if ((void *)(to + 1) > end)
+	if (data + GUE_AT > end)
 		return DROP_NO_HEADROOM;
-	__builtin_memcpy(to->ethernet.destination, s->peer.destination, 6);
-	__builtin_memcpy(to->ethernet.source, s->peer.source, 6);
-	to->ethernet.type = bpf_htons(ETHERTYPE_IPV4);
-	to->ip.version_ihl = 0x45;
-	to->ip.tos = tos;
-	to->ip.len = bpf_htons(ip_len);
-	to->ip.id = 0;
-	to->ip.fragment = bpf_htons(0x4000);
-	to->ip.ttl = OUTER_TTL;
-	to->ip.protocol = PROTOCOL_UDP;
-	to->ip.checksum = 0;
-	to->ip.source = my_address;
-	to->ip.destination = next;
-	to->ip.checksum = ~fold(sum_ipv4(&to->ip));
-	to->udp.source = source_port;
-	to->udp.destination = gue_port;
-	to->udp.len = bpf_htons(ip_len - IPV4_LEN);
-	to->udp.checksum = 0;
-	if (emit_walk(to, end, s->out.owner, s->out.len, s->out_visited, s->known_generation, s->out_hops,
+	to = outer_of(data);
+	__builtin_memcpy(to.ethernet->destination, s->peer.destination, 6);
+	__builtin_memcpy(to.ethernet->source, s->peer.source, 6);
+	to.ethernet->type = bpf_htons(ETHERTYPE_IPV4);
+	to.ip->version_ihl = 0x45;
+	to.ip->tos = tos;
+	to.ip->len = bpf_htons(ip_len);
+	to.ip->id = 0;
+	to.ip->fragment = bpf_htons(0x4000);
+	to.ip->ttl = OUTER_TTL;
+	to.ip->protocol = PROTOCOL_UDP;
+	to.ip->checksum = 0;
+	to.ip->source = my_address;
+	to.ip->destination = next;
+	to.ip->checksum = ~fold(sum_ipv4(to.ip));
+	to.udp->source = source_port;
+	to.udp->destination = gue_port;
+	to.udp->len = bpf_htons(ip_len - IPV4_LEN);
+	to.udp->checksum = 0;
+	if (emit_walk(data, end, s->out.owner, s->out.len, s->out_visited, s->known_generation, s->out_hops,
 		      s->out_returned))
 		return DROP_NO_HEADROOM;
 	return outcome;
@@ -126,7 +139,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
-	struct outer *outer = data;
+	struct outer outer = outer_of(data);
 	struct prefix source = { .len = 32 };
 	struct service_key service_key = {};
 	struct service *service;
@@ -139,35 +152,35 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	__u32 ip_len, udp_len, payload_len, index, reason, zero = 0, outcome;
 
 	/* Is it for the data path? Options and fragments never are: no daisy sends them. */
-	if ((void *)(outer + 1) > end || outer->ethernet.type != bpf_htons(ETHERTYPE_IPV4) ||
-	    outer->ip.version_ihl != 0x45 || outer->ip.protocol != PROTOCOL_UDP ||
-	    outer->ip.destination != my_address || (outer->ip.fragment & bpf_htons(0x3fff)) ||
-	    outer->udp.destination != gue_port)
+	if (data + GUE_AT > end || outer.ethernet->type != bpf_htons(ETHERTYPE_IPV4) ||
+	    outer.ip->version_ihl != 0x45 || outer.ip->protocol != PROTOCOL_UDP ||
+	    outer.ip->destination != my_address || (outer.ip->fragment & bpf_htons(0x3fff)) ||
+	    outer.udp->destination != gue_port)
 		return PASSED;
 	/* The answer to a probe is for the daemon that asked. */
-	if (is_probe(outer, end, PROBE_REPLY))
+	if (is_probe(&outer, end, PROBE_REPLY))
 		return PASSED;
 	counters->count[RECEIVED]++;
 
-	source.address = outer->ip.source;
+	source.address = outer.ip->source;
 	if (!bpf_map_lookup_elem(&trusted, &source))
 		return DROP_UNTRUSTED_SOURCE;
 
 	/* The outer headers, as daisy_shared::wire::fast::parse reads them. */
-	ip_len = bpf_ntohs(outer->ip.len);
-	udp_len = bpf_ntohs(outer->udp.len);
+	ip_len = bpf_ntohs(outer.ip->len);
+	udp_len = bpf_ntohs(outer.udp->len);
 	if (ip_len < IPV4_LEN)
 		return DROP_BAD_IP_HEADER;
 	if (ip_len > (__u32)(end - data) - ETHERNET_LEN)
 		return DROP_TRUNCATED;
-	if (fold(sum_ipv4(&outer->ip)) != 0xffff)
+	if (fold(sum_ipv4(outer.ip)) != 0xffff)
 		return DROP_BAD_IP_CHECKSUM;
 	if (udp_len < UDP_LEN || udp_len + IPV4_LEN > ip_len)
 		return DROP_BAD_TRANSPORT_HEADER;
 	payload_len = udp_len - UDP_LEN;
 
-	if (is_probe(outer, end, PROBE_REQUEST)) {
-		answer_probe(outer);
+	if (is_probe(&outer, end, PROBE_REQUEST)) {
+		answer_probe(&outer);
 		return PROBES_ANSWERED;
 	}
 
@@ -186,7 +199,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 		return DROP_UNKNOWN_SERVICE;
 	outcome = inner.is_syn ? ACCEPTED : DELIVERED;
 	if (!chaining)
-		return decapsulate(ctx, &outer->ethernet, walk.header_len, outcome);
+		return decapsulate(ctx, outer.ethernet, walk.header_len, outcome);
 	index = service->base + ((__u32)flow_hash(service->key, &inner) & service->mask);
 	entry = bpf_map_lookup_elem(&knowledge, &index);
 	if (!entry)
@@ -200,12 +213,12 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	if (word >> LEN_SHIFT == CLOSED_WINDOW >> LEN_SHIFT && !teaches(&walk, word) &&
 	    (is_newer((__u32)word, walk.generation) ||
 	     (walk.visited == walk.owners && walk.visited < MAX_OWNERS)))
-		return decapsulate(ctx, &outer->ethernet, walk.header_len, outcome);
+		return decapsulate(ctx, outer.ethernet, walk.header_len, outcome);
 
 	/* Rule 1: a packet with a local connection is delivered, but even that one teaches. */
 	kind = kind_of(ctx, &inner);
 	if (kind == MATCHED && !teaches(&walk, word))
-		return decapsulate(ctx, &outer->ethernet, walk.header_len, DELIVERED);
+		return decapsulate(ctx, outer.ethernet, walk.header_len, DELIVERED);
 	s = bpf_map_lookup_elem(&scratch, &zero);
 	if (!s)
 		return DROP_UNKNOWN_BUCKET;
@@ -214,7 +227,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	if (reason == LEARNED)
 		counters->count[LEARNED]++;
 	if (kind == MATCHED)
-		return decapsulate(ctx, &outer->ethernet, walk.header_len, DELIVERED);
+		return decapsulate(ctx, outer.ethernet, walk.header_len, DELIVERED);
 	if (reason >= FIRST_DROP)
 		return reason;
 	if (!s->is_known)
@@ -223,8 +236,8 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	if (outcome >= FIRST_DROP)
 		return outcome;
 	if (outcome >= FIRST_SEND)
-		return forward(ctx, s, outer, payload_len, walk.header_len, outcome);
-	return decapsulate(ctx, &outer->ethernet, walk.header_len, outcome);
+		return forward(ctx, s, &outer, payload_len, walk.header_len, outcome);
+	return decapsulate(ctx, outer.ethernet, walk.header_len, outcome);
 }
 
 SEC("xdp")

@@ -2,6 +2,9 @@
 //! down with the thread, however the test ends.
 #![allow(dead_code, reason = "each test uses its part")]
 
+pub mod frames;
+pub mod netns;
+
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;

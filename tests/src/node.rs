@@ -100,12 +100,13 @@ impl Drop for BpfFs {
 }
 
 /// The command line of nginx, whose configuration and files are made in `directory`: `/` tells the backend's name
-/// and the client's address, anything else is a file below `www`.
+/// and the client's address, anything else is a file below `www`; a PUT to `/upload/NAME` is kept as
+/// `upload/NAME` in `directory`.
 ///
 /// # Errors
 /// If a file cannot be written.
 pub fn nginx(name: &str, directory: &Path, www: &Path) -> Result<Command> {
-    std::fs::create_dir_all(directory)?;
+    std::fs::create_dir_all(directory.join("upload"))?;
     let dir = directory.display();
     let www = www.display();
     let configuration = format!(
@@ -133,6 +134,11 @@ http {{
             return 200 "backend {name} client $remote_addr\n";
         }}
         location / {{ root {www}; }}
+        location /upload {{
+            root {dir};
+            dav_methods PUT;
+            client_max_body_size 1g;
+        }}
     }}
 }}
 "#

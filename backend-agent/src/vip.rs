@@ -16,6 +16,7 @@ use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
+use nix::net::if_::InterfaceFlags;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -107,6 +108,12 @@ impl Vips {
         let netlink = Connection::open(NETLINK_ROUTE).map_err(kernel("open a netlink socket"))?;
         let loopback = nix::net::if_::if_nametoindex(LOOPBACK)
             .map_err(|error| kernel("find the loopback interface lo")(error.into()))?;
+        let interfaces =
+            nix::ifaddrs::getifaddrs().map_err(|error| kernel("list interfaces")(error.into()))?;
+        let mut flags = interfaces.filter(|entry| entry.interface_name == LOOPBACK).map(|entry| entry.flags);
+        if !flags.any(|flags| flags.contains(InterfaceFlags::IFF_UP)) {
+            warn!("lo is down: the services' addresses on it will not be served (ip link set lo up)");
+        }
         Ok(Vips { netlink, loopback, path, record, foreign: BTreeSet::new(), unwritten: false })
     }
 

@@ -151,10 +151,10 @@ fn starts_reports_stays_starts_again_and_unloads() {
         let exchange = controller.next();
         assert!(!is_attached());
         assert_eq!(exchange.request.applied.len(), 0);
+        let begun = Instant::now();
         exchange.answer(&everything());
         agent.until("ready");
         assert!(is_attached() && has_vip());
-        let begun = Instant::now();
         let request = controller.answer(&nothing());
         assert_eq!(request.applied[&ServiceId(1)], Generation(12));
         assert_eq!(request.directory, 3);
@@ -170,7 +170,7 @@ fn starts_reports_stays_starts_again_and_unloads() {
             }
             assert!(begun.elapsed() < PATIENCE, "no drain report");
         }
-        assert!(begun.elapsed() > Duration::from_millis(500), "two dumps are a second apart");
+        assert!(begun.elapsed() > Duration::from_secs(1), "two dumps are a second apart");
 
         // The data path outlives the daemon, however that ends.
         let exchange = controller.next();

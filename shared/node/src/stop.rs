@@ -66,3 +66,19 @@ impl Stop {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_wakes_who_waits() {
+        let stop = Stop::new();
+        assert!(!stop.wait_timeout(Duration::from_millis(1)));
+        let copy = stop.clone();
+        let waiting = std::thread::spawn(move || copy.wait());
+        stop.set();
+        waiting.join().unwrap();
+        assert!(stop.is_set() && stop.wait_timeout(Duration::from_secs(60)));
+    }
+}

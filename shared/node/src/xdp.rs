@@ -118,3 +118,27 @@ fn causes(error: &dyn std::error::Error) -> String {
     }
     line
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_are_read() {
+        let modes = [("auto", Mode::Auto), ("native", Mode::Native), ("generic", Mode::Generic)];
+        for (text, mode) in modes {
+            assert_eq!(text.parse::<Mode>().unwrap(), mode);
+        }
+        assert_eq!(
+            "Fast".parse::<Mode>().unwrap_err().to_string(),
+            "XDP mode \"Fast\" is none of auto, native, generic"
+        );
+    }
+
+    #[test]
+    fn an_error_is_told_with_its_causes_once() {
+        let cause = std::io::Error::other("device busy");
+        let error = ProgramError::IOError(cause);
+        assert_eq!(causes(&error), "device busy");
+    }
+}

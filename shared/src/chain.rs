@@ -99,7 +99,8 @@ pub struct Knowledge<A> {
     pub chain: Owners<A>,
     /// Whether a table of the controller is at the root of this, of whatever generation: then the chain leads to
     /// every connection. An agent that has only ever learned of the bucket from packets may lack owners, so it
-    /// sends packets on, but neither accepts nor answers.
+    /// sends packets on, but neither accepts nor answers. One that has lost what it knew takes no packets before
+    /// the controller has answered.
     pub from_table: bool,
 }
 

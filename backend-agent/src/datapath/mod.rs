@@ -139,7 +139,7 @@ impl Datapath {
         // The verifier's log is long and slow to write: only where it is needed.
         let mut ebpf = load_programs(config, &pins, VerifierLogLevel::DISABLE)
             .or_else(|_| load_programs(config, &pins, VerifierLogLevel::DEBUG))?;
-        let install = program_fd(&mut ebpf, INSTALL)?;
+        let install = program_fd(&ebpf, INSTALL)?;
 
         let link = take(&mut ebpf, "link")?;
         let counters = take(&mut ebpf, "counters")?;
@@ -493,8 +493,8 @@ impl Datapath {
     ///
     /// # Errors
     /// If the kernel refuses another one.
-    pub fn program(&mut self) -> Result<ProgramFd, DatapathError> {
-        program_fd(&mut self.ebpf, AGENT)
+    pub fn program(&self) -> Result<ProgramFd, DatapathError> {
+        program_fd(&self.ebpf, AGENT)
     }
 }
 
@@ -572,8 +572,10 @@ fn classifier(ebpf: &mut Ebpf) -> Result<&mut SchedClassifier, DatapathError> {
     program.try_into().map_err(|error| DatapathError::kernel(MSS, &error))
 }
 
-fn program_fd(ebpf: &mut Ebpf, name: &str) -> Result<ProgramFd, DatapathError> {
-    let program = xdp(ebpf, name)?.fd().map_err(|error| DatapathError::kernel(name, &error))?;
+fn program_fd(ebpf: &Ebpf, name: &str) -> Result<ProgramFd, DatapathError> {
+    let program = ebpf.program(name).ok_or_else(|| missing(name))?;
+    let program: &Xdp = program.try_into().map_err(|error| DatapathError::kernel(name, &error))?;
+    let program = program.fd().map_err(|error| DatapathError::kernel(name, &error))?;
     program.try_clone().map_err(|error| DatapathError::kernel(name, &error))
 }
 

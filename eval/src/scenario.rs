@@ -36,7 +36,10 @@ const DETECTION: Duration = Duration::from_millis(100);
 pub fn play(settings: &Settings, show: &mut dyn FnMut(&str)) -> Result<Run> {
     let name = if settings.chaining { "demo" } else { "demo-without" };
     show("network: 1 client, ECMP router, 2 muxes, 4 backends, 1 controller");
-    let net = Topology::new(name).muxes(2).backends(4).spares(2).chaining(settings.chaining).start()?;
+    let mut net = Topology::new(name).muxes(2).backends(4).spares(2).chaining(settings.chaining).start()?;
+    net.wait_for("the windows of the first enrolments are closed", CLOSING, |net| {
+        open_windows(net).map(|n| n == 0)
+    })?;
     let options = EchoOptions { connections: settings.connections, ..EchoOptions::default() };
     let mut echo = net.echo(0, &options)?;
     // Without chaining nothing has moved yet: all connections open either way.
@@ -76,7 +79,12 @@ pub fn play(settings: &Settings, show: &mut dyn FnMut(&str)) -> Result<Run> {
     stage.step("half of the clients leave", |_, echo| {
         echo.command(&format!("close {}", settings.connections / 2)).map(|()| 0)
     })?;
-    stage.finish()
+    stage.finish(settings.chaining)
+}
+
+/// Buckets with previous owners, of both services.
+fn open_windows(net: &Topology) -> Result<u64> {
+    Ok(u64::from(net.service("echo")?.open_windows) + u64::from(net.service("web")?.open_windows))
 }
 
 /// The sum of all `moved_buckets` in an answer of the controller, which may speak of several services.
@@ -183,21 +191,19 @@ impl Stage<'_> {
     fn figures(&self) -> Result<(u64, u64)> {
         let nodes = self.net.nodes()?;
         let chained = nodes.iter().map(|node| node.counter("sent_on") + node.counter("returned")).sum();
-        let mut open_windows = 0;
-        for service in ["echo", "web"] {
-            open_windows += u64::from(self.net.service(service)?.open_windows);
-        }
-        Ok((chained, open_windows))
+        Ok((chained, open_windows(&self.net)?))
     }
 
-    /// All clients leave; windows close by themselves.
-    fn finish(mut self) -> Result<Run> {
+    /// All clients leave. Windows close by themselves; not without chaining, where backends are left with
+    /// connections whose clients were reset by somebody else.
+    fn finish(mut self, windows_close: bool) -> Result<Run> {
         let name = "all clients leave, windows close";
         let before = self.begin(name);
         self.echo.command("close all")?;
         let end = Instant::now() + CLOSING;
         self.look()?;
-        while (self.last().open_windows > 0 || self.last().live > 0) && Instant::now() < end {
+        while (self.last().live > 0 || windows_close && self.last().open_windows > 0) && Instant::now() < end
+        {
             self.look()?;
         }
         self.end(name, before, 0);

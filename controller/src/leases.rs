@@ -100,10 +100,13 @@ impl Leases {
                 continue;
             }
             let since = now_ms.saturating_sub(self.lease_ms);
-            let mut results = lease.results.values().filter(|(at, _)| *at >= since).peekable();
-            let probed = results.peek().is_some();
-            let verdict =
-                if probed && results.all(|(_, answered)| !answered) { Health::Dead } else { Health::Suspect };
+            // Every prober must have looked in vain: one alone may be cut off from the backend itself, and to take a
+            // live backend for dead breaks its connections.
+            let in_vain = |prober: &String| {
+                lease.results.get(prober).is_some_and(|(at, answered)| *at >= since && !answered)
+            };
+            let dead = !lease.probers.is_empty() && lease.probers.iter().all(in_vain);
+            let verdict = if dead { Health::Dead } else { Health::Suspect };
             if verdict != health {
                 tick.verdicts.push((*id, verdict));
             }
@@ -173,7 +176,8 @@ mod tests {
         };
         assert_eq!(verdict(&[]), [(B, Health::Suspect)]);
         assert_eq!(verdict(&[("m", false), ("n", true)]), [(B, Health::Suspect)]);
-        assert_eq!(verdict(&[("m", false)]), [(B, Health::Dead)]);
+        assert_eq!(verdict(&[("m", false)]), [(B, Health::Suspect)]);
+        assert_eq!(verdict(&[("m", false), ("n", false)]), [(B, Health::Dead)]);
     }
 
     #[test]

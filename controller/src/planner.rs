@@ -134,13 +134,22 @@ pub fn plan(chains: Chains<'_>, candidates: &[Candidate]) -> Vec<Move> {
         *held = held.saturating_sub(targets[i]);
     }
 
-    // Buckets that may go, by the length of their chain.
+    // Buckets that may go, by the length of their chain. Of closed windows no more than their head has to give up;
+    // of open ones all, because each may have its own reason to go.
     let mut by_depth: [Vec<u32>; MAX_CHAIN] = Default::default();
+    let mut closed = surplus.clone();
     for (number, bucket) in chains.iter() {
-        let depth = bucket.links.len();
-        if depth < MAX_CHAIN && surplus[index(bucket)] > 0 {
-            by_depth[depth].push(number);
+        let (depth, head) = (bucket.links.len(), index(bucket));
+        if surplus[head] == 0 || depth == MAX_CHAIN {
+            continue;
         }
+        if depth <= 1 {
+            if closed[head] == 0 {
+                continue;
+            }
+            closed[head] -= 1;
+        }
+        by_depth[depth].push(number);
     }
     let mut chosen = vec![NO_ONE; chains.count() as usize];
     return_to_chain(chains, &by_depth, &place, &mut surplus, &mut lacks, &mut chosen);

@@ -38,6 +38,8 @@ pub async fn sync(hub: &Arc<Hub>, name: &str, request: SyncRequest) -> Result<Sy
     };
     hear(hub, name, backend, &request);
     take_in(hub, name, backend, &request).await?;
+    // What was taken in may have waited for the disk; that is no silence of the node's.
+    renew(hub, name, backend);
     // A request that is kept long would let the lease run out meanwhile.
     let wait = Duration::from_millis(request.wait_ms.min(hub.lease_ms / 3));
     let deadline = Instant::now() + wait;
@@ -145,6 +147,18 @@ fn hear(hub: &Arc<Hub>, name: &str, backend: Option<BackendId>, request: &SyncRe
         };
         let detail = format!("{what} at {}, version {}", request.address, request.version);
         hub.event(Event::new(Kind::NodeJoined, detail).subject(name));
+    }
+}
+
+/// Renews the node's lease.
+fn renew(hub: &Hub, name: &str, backend: Option<BackendId>) {
+    let now = hub.now_ms();
+    let mut live = hub.live();
+    if let Some(node) = live.nodes.get_mut(name) {
+        node.last_seen_ms = now;
+    }
+    if let Some(id) = backend {
+        live.leases.renew(id, now);
     }
 }
 

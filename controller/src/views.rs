@@ -15,17 +15,26 @@ use crate::planner::{self, Candidate};
 
 /// A service.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the names say it, and docs/api is where they are explained")]
 pub struct ServiceView {
+    /// Its name.
     pub name: String,
+    /// Its number.
     pub id: ServiceId,
+    /// The address that clients connect to.
     pub vip: IpAddr,
+    /// The port that clients connect to.
     pub port: u16,
+    /// The transport protocol.
     pub protocol: Protocol,
+    /// How many buckets it has.
     pub buckets: u32,
+    /// The generation of its newest change.
     pub generation: Generation,
+    /// How many of its buckets have a previous owner.
     pub open_windows: u32,
+    /// The length of the longest chain.
     pub deepest_chain: usize,
+    /// Its backends.
     pub backends: Vec<BackendView>,
 }
 

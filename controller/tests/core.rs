@@ -1,5 +1,7 @@
 //! Chain bookkeeping under random sequences of commands.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -1,5 +1,7 @@
 //! The real controller over real HTTP, with `daisyctl` and simulated nodes.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use common::address;
@@ -150,7 +152,7 @@ fn a_drain_ends_by_the_backends_own_word() {
 
 #[test]
 fn the_end_of_a_lease() {
-    let site = Site::with_web(&["--lease-ms", "600"]);
+    let site = Site::with_web(&["--lease-ms", "1500"]);
     let (mut b0, mut b1, mut b2) = (site.backend(0), site.backend(1), site.backend(2));
     let mut mux = site.mux(0);
     for node in [&mut b0, &mut b1, &mut b2] {
@@ -196,7 +198,7 @@ fn the_end_of_a_lease() {
 
 #[test]
 fn a_silent_mux_is_shown_as_expired_and_changes_nothing() {
-    let site = Site::with_web(&["--lease-ms", "200"]);
+    let site = Site::with_web(&["--lease-ms", "1000"]);
     let mut b0 = site.backend(0);
     site.mux(0).sync(0);
     let expired = || {

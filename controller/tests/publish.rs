@@ -1,5 +1,7 @@
 //! Publication under random changes: whoever syncs knows what concerns them, and muxes come after agents.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,7 @@
 //! The store: whatever happens to the process, an acknowledged change is there and no other is there by half.
 
+#![allow(clippy::unwrap_used, reason = "tests")]
+
 mod common;
 
 use std::path::Path;
@@ -94,10 +96,9 @@ fn request(number: u32) -> (&'static str, String, String, Command) {
         let body = format!(r#"{{"address":"{address}"}}"#);
         return ("PUT", path, body, Command::PutBackend { service, name, address, weight: None });
     }
-    let weight = Some(1 + number.wrapping_mul(7919) % 50);
-    let drain = Some(number % 7 == 0);
-    let body = format!(r#"{{"weight":{},"drain":{}}}"#, weight.unwrap(), drain.unwrap());
-    ("PATCH", path, body, Command::PatchBackend { service, name, weight, drain })
+    let (weight, drain) = (1 + number.wrapping_mul(7919) % 50, number.is_multiple_of(7));
+    let body = format!(r#"{{"weight":{weight},"drain":{drain}}}"#);
+    ("PATCH", path, body, Command::PatchBackend { service, name, weight: Some(weight), drain: Some(drain) })
 }
 
 fn read(path: &Path) -> State {

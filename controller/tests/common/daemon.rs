@@ -55,7 +55,9 @@ impl Controller {
     fn stop(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
-        self.reader.take().map(|reader| reader.join().unwrap());
+        if let Some(reader) = self.reader.take() {
+            reader.join().unwrap();
+        }
     }
 
     /// Runs `daisyctl` with JSON output.

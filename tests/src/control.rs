@@ -281,6 +281,23 @@ impl Topology {
         })
     }
 
+    /// Waits until no table changes any more: windows without connections have closed. That is so when nothing
+    /// has changed for three seconds; agents look for drained buckets every second.
+    ///
+    /// # Errors
+    /// If that takes too long.
+    pub fn wait_still(&mut self) -> Result<()> {
+        let (mut since, mut last) = (Instant::now(), Vec::new());
+        self.wait_for("tables have not changed for three seconds", PATIENCE, |net| {
+            let services: Vec<ServiceView> = net.get_as("/v1/services")?;
+            let generations: Vec<u32> = services.iter().map(|service| service.generation).collect();
+            if generations != last {
+                (since, last) = (Instant::now(), generations);
+            }
+            Ok(since.elapsed() > Duration::from_secs(3))
+        })
+    }
+
     /// Waits until a backend of a service is in this state.
     ///
     /// # Errors

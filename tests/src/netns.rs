@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use anyhow::{Context as _, Result, bail};
 use nix::sched::{CloneFlags, setns};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::cleanup;
 
@@ -132,13 +134,14 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         let path = path_of(&self.name);
         if path.exists() {
-            // Whatever still runs inside would keep the namespace alive without a name.
-            for pid in cleanup::processes_in(&path) {
-                eprintln!("process {pid} outlived its owner in namespace {}", self.name);
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
+            // Whatever still ran inside would keep the namespace alive without a name. Children of what was killed
+            // may need a moment to go.
+            let gone = || cleanup::processes_in(&path).is_empty();
+            if !cleanup::poll_until(std::time::Duration::from_secs(1), gone) {
+                for pid in cleanup::processes_in(&path) {
+                    eprintln!("process {pid} outlived its owner in namespace {}", self.name);
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
             }
             cleanup::delete_namespace(&self.name);
         }

@@ -164,8 +164,10 @@ impl Process {
         }
         self.signal(Signal::SIGTERM);
         if !cleanup::poll_until(GRACE, || matches!(self.child.try_wait(), Ok(Some(_)) | Err(_))) {
+            let threads = threads(self.id());
             self.kill();
-            bail!("{} did not end within {GRACE:?} of SIGTERM and was killed", self.name);
+            let log = tail(&self.log, 15);
+            bail!("{} did not end within {GRACE:?} of SIGTERM and was killed ({threads}):\n{log}", self.name);
         }
         let status = self.child.wait()?;
         self.forget();
@@ -188,6 +190,18 @@ impl Drop for Process {
         }
         cleanup::remove_group(self.leader());
     }
+}
+
+/// What each thread of a process does: its state, and where in the kernel it waits.
+fn threads(pid: u32) -> String {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return "gone".into() };
+    let about = |task: &Path, file: &str| std::fs::read_to_string(task.join(file)).unwrap_or_default();
+    let lines = tasks.flatten().map(|task| {
+        let status = about(&task.path(), "status");
+        let state = status.lines().find_map(|line| line.strip_prefix("State:\t")).unwrap_or("?").to_owned();
+        format!("{} {state} in {}", task.file_name().display(), about(&task.path(), "wchan"))
+    });
+    lines.collect::<Vec<_>>().join(", ")
 }
 
 /// The last lines of a file; empty if it cannot be read.

@@ -392,14 +392,31 @@ impl Topology {
 
         let mut echo = Command::new(self.binary("daisy-echo")?);
         echo.args(["server", "--listen", "0.0.0.0:7000", "--name", &name]);
-        let echo =
-            Process::start("echo server", &namespace, echo, &self.log(&format!("{name}-echo")), false)?;
+        let echo = Process::start(
+            &format!("echo server of {name}"),
+            &namespace,
+            echo,
+            &self.log(&format!("{name}-echo")),
+            false,
+        )?;
         let web = nginx(&name, &self.directory.join(format!("{name}-nginx")), &self.www())?;
         let mut bulk = Command::new("iperf3");
         bulk.args(["-4", "--server", "--port", &BULK_PORT.to_string()]);
         let servers = vec![
-            Process::start("nginx", &namespace, web, &self.log(&format!("{name}-nginx")), false)?,
-            Process::start("iperf3", &namespace, bulk, &self.log(&format!("{name}-iperf3")), false)?,
+            Process::start(
+                &format!("nginx of {name}"),
+                &namespace,
+                web,
+                &self.log(&format!("{name}-nginx")),
+                false,
+            )?,
+            Process::start(
+                &format!("iperf3 of {name}"),
+                &namespace,
+                bulk,
+                &self.log(&format!("{name}-iperf3")),
+                false,
+            )?,
         ];
         let mut backend =
             Backend { name: name.clone(), namespace, address, agent: None, echo: Some(echo), servers, bpffs };

@@ -3,7 +3,7 @@
 use daisy_tests::topology::WEB;
 use daisy_tests::{EchoOptions, Io, Report, Topology};
 
-use crate::common::{LIVE, assert_unbroken};
+use crate::common::{LIVE, assert_unbroken, show_drops};
 
 suite!(scale_out_weights_and_scale_in: af_xdp, af_packet);
 
@@ -12,7 +12,7 @@ fn scale_out_weights_and_scale_in(io: Io) {
     assert_unbroken(&report);
     // Both before and after the changes, connections went to those that were to take them.
     for backend in ["b1", "b2", "b3", "b4"] {
-        assert!(report.by_backend.get(backend).is_some_and(|count| *count > 50), "{:?}", report.by_backend);
+        assert!(report.by_backend.get(backend).is_some_and(|count| *count > 20), "{:?}", report.by_backend);
     }
 }
 
@@ -78,6 +78,7 @@ pub fn changes_under_traffic(builder: daisy_tests::Builder, chaining: bool) -> (
         assert_eq!(requests.by_backend.values().sum::<u64>(), requests.ok);
     }
 
+    show_drops(&net);
     let report = echo.finish().unwrap();
     if chaining {
         for service in ["echo", "web"] {

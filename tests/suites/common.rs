@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use daisy_tests::{Report, STALL_LIMIT_MS};
+use daisy_tests::{Report, STALL_LIMIT_MS, Topology};
 
 /// Live connections in the suites that change things under traffic.
 pub const LIVE: usize = 1_000;
@@ -38,4 +38,19 @@ pub fn assert_unbroken(report: &Report) {
     assert_eq!(report.broken, 0, "connections broke: {}", report.summary());
     assert_eq!(report.stalls, 0, "replies took longer than {STALL_LIMIT_MS} ms: {}", report.summary());
     assert_eq!(report.closed, report.connections);
+}
+
+/// Says what nodes dropped and why, for whoever reads the output.
+pub fn show_drops(net: &Topology) {
+    for node in net.nodes().unwrap() {
+        let drops: Vec<String> = node
+            .counters
+            .iter()
+            .filter(|(name, count)| **count > 0 && (name.starts_with("dropped_") || *name == "answered"))
+            .map(|(name, count)| format!("{name} {count}"))
+            .collect();
+        if !drops.is_empty() {
+            println!("{}: {}", node.name, drops.join(", "));
+        }
+    }
 }

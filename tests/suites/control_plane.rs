@@ -42,6 +42,8 @@ fn controller_dies_and_returns(io: Io) {
     net.wait_settled().unwrap();
     echo.talk(2).unwrap();
 
+    // Windows without a connection close within seconds; those with one stay as they are.
+    net.wait_still().unwrap();
     let before = state(&net);
     net.kill_controller();
     echo.talk(2).unwrap();
@@ -78,6 +80,7 @@ fn controller_stays_away(io: Io) {
     echo.wait_live(LIVE).unwrap();
     net.enrol("b4", 100).unwrap();
     net.wait_settled().unwrap();
+    net.wait_still().unwrap();
     let before = state(&net);
     net.kill_controller();
 
@@ -104,11 +107,7 @@ fn controller_stays_away(io: Io) {
 
     net.start_controller().unwrap();
     net.wait_settled().unwrap();
-    let after = state(&net);
-    // The HTTP requests have ended, so windows of `web` may have closed by now. `echo` is as it was, but for
-    // windows that have had no connection.
-    assert_eq!(after[1], before[1], "backends of echo");
-    assert_eq!(after[4], before[4], "backends of web");
+    assert!(state(&net) == before, "the controller came back with another state");
     let sample = echo.talk(2).unwrap();
     assert_eq!((sample.live, sample.broken), (LIVE + 200, 0));
     assert_unbroken(&echo.finish().unwrap());

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use daisy_tests::{EchoOptions, Io, Topology};
 
-use crate::common::assert_unbroken;
+use crate::common::{assert_unbroken, show_drops};
 
 /// Connections of each epoch. With 64 buckets, hardly a bucket lacks one.
 const EPOCH: usize = 300;
@@ -51,5 +51,6 @@ fn connections_of_four_epochs_in_one_chain(io: Io) {
     echo.wait_for("everything is closed", Duration::from_secs(30), |s| s.live == 0).unwrap();
     net.wait_windows_closed("echo").unwrap();
     net.wait_conserved().unwrap();
+    show_drops(&net);
     assert_unbroken(&echo.finish().unwrap());
 }

@@ -2,30 +2,51 @@
 
 use std::time::{Duration, Instant};
 
-use daisy_tests::{EchoOptions, Io, Outcome, STALL_LIMIT_MS, Topology};
+use daisy_tests::{EchoClient, EchoOptions, Io, Outcome, STALL_LIMIT_MS, Topology};
 
-use crate::common::LIVE;
+use crate::common::{LIVE, show_drops};
 
 const LEASE: Duration = Duration::from_secs(2);
 
 suite!(a_backend_dies: af_xdp, af_packet);
+suite!(an_owner_in_the_middle_dies: af_xdp, af_packet);
 
-fn a_backend_dies(io: Io) {
-    let mut net = Topology::new("failure")
+fn start(name: &str, io: Io) -> Topology {
+    Topology::new(name)
         .io(io)
         .muxes(2)
         .backends(3)
         .spares(1)
         .lease_ms(LEASE.as_millis() as u64)
         .start()
-        .unwrap();
+        .unwrap()
+}
+
+/// Without open windows nobody else's packets pass the backend: nobody else notices.
+fn a_backend_dies(io: Io) {
+    let mut net = start("failure", io);
+    net.wait_windows_closed("echo").unwrap();
     let mut echo = net.echo(0, &EchoOptions { connections: LIVE, ..EchoOptions::default() }).unwrap();
     echo.wait_live(LIVE).unwrap();
-    // Windows are open, and the one that will die is an owner in the middle: connections behind it must live.
+    kill(&mut net, echo, |_| STALL_LIMIT_MS);
+}
+
+/// With open windows it is a previous owner of others' buckets: packets of connections behind it are lost until
+/// it is declared dead, and TCP's doubling retransmission timer may be as long again. They live.
+fn an_owner_in_the_middle_dies(io: Io) {
+    let mut net = start("middle", io);
+    let mut echo = net.echo(0, &EchoOptions { connections: LIVE, ..EchoOptions::default() }).unwrap();
+    echo.wait_live(LIVE).unwrap();
+    // Buckets of b1 and b3 move to b4, then buckets of all to b2.
     net.enrol("b4", 100).unwrap();
     net.wait_settled().unwrap();
     net.set_weight("b2", 250).unwrap();
     net.wait_settled().unwrap();
+    kill(&mut net, echo, |declared| 2 * declared.as_millis() as u64 + STALL_LIMIT_MS);
+}
+
+/// Kills b2. `worst` says how long others may wait for a reply if it took so long to declare b2 dead.
+fn kill(net: &mut Topology, mut echo: EchoClient, worst: impl Fn(Duration) -> u64) {
     let sample = echo.talk(2).unwrap();
     assert_eq!(sample.broken, 0);
     let doomed = sample.by_backend["b2"];
@@ -38,7 +59,7 @@ fn a_backend_dies(io: Io) {
     net.wait_state("echo", "b2", "down").unwrap();
     let took = killed.elapsed();
     println!("b2 was declared dead after {took:?}");
-    assert!(took < LEASE * 3, "a lease of {LEASE:?} ended after {took:?}");
+    assert!(took < LEASE * 3 / 2, "a lease of {LEASE:?} ended after {took:?}");
     net.wait_settled().unwrap();
     let dead = net.service("echo").unwrap();
     let b2 = dead.backend("b2").unwrap();
@@ -58,14 +79,14 @@ fn a_backend_dies(io: Io) {
         .unwrap();
     let sample = echo.talk(3).unwrap();
     assert_eq!(sample.live, LIVE + 100 - doomed);
+    show_drops(net);
     let report = echo.finish().unwrap();
     println!("{}", report.summary());
-    assert_eq!(report.broken, doomed);
     for one in &report.each {
         let of_the_dead = one.backend.as_deref() == Some("b2");
         assert_eq!(one.outcome != Outcome::Closed, of_the_dead, "{one:?}");
-        assert!(of_the_dead || one.worst_ms <= STALL_LIMIT_MS, "{one:?}");
+        assert!(of_the_dead || one.worst_ms <= worst(took), "declared dead after {took:?}: {one:?}");
     }
-    assert_eq!(report.reset, doomed, "{}", report.summary());
+    assert_eq!((report.broken, report.reset), (doomed, doomed), "{}", report.summary());
     net.wait_windows_closed("echo").unwrap();
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use daisy_tests::{EchoOptions, Io, Topology};
 
-use crate::common::{LIVE, assert_unbroken};
+use crate::common::{LIVE, assert_unbroken, show_drops};
 
 /// How long the router still sends to a dead mux: what BFD with usual settings takes.
 const DETECTION: Duration = Duration::from_millis(150);
@@ -24,7 +24,7 @@ fn muxes_die_join_and_lag(io: Io) {
     // From here on m2 and the agent of b1 know no newer table.
     net.cut_from_controller("m2").unwrap();
     net.cut_from_controller("b1").unwrap();
-    let old = net.service("echo").unwrap().generation;
+    let old = net.service("echo").unwrap();
     net.enrol("b4", 100).unwrap();
     net.wait_settled().unwrap();
     net.rehash().unwrap();
@@ -69,6 +69,7 @@ fn muxes_die_join_and_lag(io: Io) {
 
     net.remove_mux("m2").unwrap();
     echo.talk(1).unwrap();
+    show_drops(&net);
     let report = echo.finish().unwrap();
     assert_unbroken(&report);
     net.wait_windows_closed("echo").unwrap();

@@ -144,9 +144,7 @@ fn every_backend_serves(io: Io) {
 
 /// The backend that an answer names in its headers.
 fn backend_of(headers: &str) -> String {
-    let lines = headers.lines().filter_map(|line| line.strip_prefix("X-Backend: "));
-    // `100 Continue` comes before the answer.
-    lines.last().unwrap().trim().to_owned()
+    headers.lines().find_map(|line| line.strip_prefix("X-Backend: ")).unwrap().trim().to_owned()
 }
 
 fn bulk(index: usize) -> SocketAddr {

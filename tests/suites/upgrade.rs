@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use daisy_tests::{EchoOptions, Io, Topology};
 
-use crate::common::{LIVE, assert_unbroken};
+use crate::common::{LIVE, assert_unbroken, show_drops};
 
 suite!(agents_die_and_are_replaced: af_xdp);
 
@@ -67,6 +67,8 @@ fn agents_die_and_are_replaced(io: Io) {
     assert_eq!(report.connections, LIVE + 200);
     assert_unbroken(&report);
 
+    show_drops(&net);
+
     // Unloading leaves nothing.
     net.stop_agent("b1").unwrap();
     net.unload_agent("b1").unwrap();
@@ -89,6 +91,8 @@ fn pins(net: &mut Topology, name: &str) -> usize {
         std::fs::read_dir(path)
             .unwrap()
             .map(|entry| entry.unwrap())
+            // `maps.debug` and `progs.debug`, where a kernel has them, come with the file system.
+            .filter(|entry| !entry.file_name().to_string_lossy().ends_with(".debug"))
             .map(|entry| if entry.file_type().unwrap().is_dir() { count(&entry.path()) } else { 1 })
             .sum()
     }

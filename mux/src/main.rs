@@ -195,10 +195,14 @@ impl Running {
         self.state.lock().filter.take();
         self.threads.stop_io.store(true, Ordering::Relaxed);
         let mut total = Counters::default();
+        let mut by_thread = Vec::new();
         let mut code = ExitCode::SUCCESS;
         for thread in self.threads.handles {
             match thread.join() {
-                Ok(Ok(counters)) => total += counters,
+                Ok(Ok(counters)) => {
+                    total += counters;
+                    by_thread.push(counters.received);
+                }
                 Ok(Err(error)) => {
                     error!(%error, "packet I/O failed");
                     code = ExitCode::FAILURE;
@@ -223,6 +227,7 @@ impl Running {
             dropped = total.dropped_total(),
             dropped_by_reason = serde_json::to_string(&dropped).unwrap_or_default(),
             missed = total.missed,
+            received_by_thread = ?by_thread,
             conserved = total.is_conserved(),
             "stopped"
         );

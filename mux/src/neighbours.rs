@@ -14,7 +14,7 @@ use crate::table::Link;
 
 /// How long a new directory may wait for the next hops of its backends, so that their first packets are not lost.
 /// A neighbour that is there answers within a millisecond; one that is not must not hold up the rest.
-const SETTLE: Duration = Duration::from_millis(200);
+const SETTLE: Duration = Duration::from_millis(500);
 
 /// Follows the next hops of all backends. Ends when dropped.
 #[derive(Debug)]

@@ -43,6 +43,9 @@ pub struct AfPacket {
     fd: OwnedFd,
     interface: String,
     buffers: Mapping,
+    index: u32,
+    /// The interface went down, and nothing has come since.
+    is_down: bool,
     missed: u64,
     turns: u32,
 }
@@ -90,7 +93,8 @@ impl AfPacket {
         };
         sys::bind(&fd, &address).map_err(failed("binding a packet socket"))?;
         let buffers = Mapping::anonymous(BURST * STRIDE).map_err(failed("memory for frames"))?;
-        Ok(AfPacket { fd, interface: name, buffers, missed: 0, turns: 0 })
+        let index = interface.index;
+        Ok(AfPacket { fd, interface: name, buffers, index, is_down: false, missed: 0, turns: 0 })
     }
 
     fn error(&self, what: &'static str) -> impl FnOnce(io::Error) -> IoError {
@@ -132,8 +136,12 @@ impl AfPacket {
         if received < 0 {
             let error = io::Error::last_os_error();
             return match error.raw_os_error() {
-                // ENETDOWN is said once when the interface goes down; it may come back.
-                Some(libc::EAGAIN | libc::EINTR | libc::ENETDOWN) => Ok(ArrayVec::new()),
+                Some(libc::EAGAIN | libc::EINTR) => Ok(ArrayVec::new()),
+                // Said once. It may come back.
+                Some(libc::ENETDOWN) => {
+                    self.is_down = true;
+                    Ok(ArrayVec::new())
+                }
                 _ => Err(self.error("receiving")(error)),
             };
         }
@@ -186,6 +194,15 @@ impl AfPacket {
         }
     }
 
+    /// An interface that is down may come up again. One that is gone does not, and the socket would wait for ever.
+    fn check_interface(&self) -> Result<(), IoError> {
+        if self.is_down && nix::net::if_::if_nametoindex(self.interface.as_str()) != Ok(self.index) {
+            let place = format!("interface {}", self.interface);
+            return Err(IoError::Unusable { place, reason: "it is gone".to_owned() });
+        }
+        Ok(())
+    }
+
     /// Adds what the kernel has dropped since it was last asked.
     fn ask_missed(&mut self, worker: &mut Worker) -> Result<(), IoError> {
         let statistics: libc::tpacket_stats =
@@ -210,7 +227,9 @@ impl PacketIo for AfPacket {
         if received.is_empty() || self.turns >= STATISTICS_EVERY {
             self.turns = 0;
             self.ask_missed(worker)?;
+            self.check_interface()?;
         }
+        self.is_down &= received.is_empty();
         let mut burst: ArrayVec<Slot<'_>, BURST> = ArrayVec::new();
         for (i, packet) in received.iter().enumerate() {
             let start = self.buffers.part(i * STRIDE, STRIDE);

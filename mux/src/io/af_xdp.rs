@@ -481,15 +481,23 @@ impl AfXdp {
         sys::get_option(&self.fd, libc::SOL_XDP, libc::XDP_STATISTICS).map_err(self.error("XDP_STATISTICS"))
     }
 
+    /// A socket whose interface has been removed would wait for ever: `poll` does not say so, but this does.
+    fn check_interface(&self) -> Result<(), IoError> {
+        let error: libc::c_int = sys::get_option(&self.fd, libc::SOL_SOCKET, libc::SO_ERROR)
+            .map_err(self.error("asking for the socket's state"))?;
+        if error == libc::ENETDOWN {
+            return Err(IoError::Unusable {
+                place: self.place.clone(),
+                reason: "the interface is gone".to_owned(),
+            });
+        }
+        Ok(())
+    }
+
     fn ask_missed(&mut self, worker: &mut Worker) -> Result<(), IoError> {
         let statistics = self.statistics()?;
         worker.set_missed(statistics.rx_dropped + statistics.rx_ring_full);
         Ok(())
-    }
-
-    /// The number of frames of which each is in its place, and where they are, for tests.
-    pub fn accounts(&self) -> String {
-        self.frames.accounts()
     }
 }
 
@@ -515,6 +523,7 @@ impl PacketIo for AfXdp {
         if packets.is_empty() || self.turns >= STATISTICS_EVERY {
             self.turns = 0;
             self.ask_missed(worker)?;
+            self.check_interface()?;
         }
         if packets.is_empty() {
             return Ok(0);

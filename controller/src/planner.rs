@@ -136,7 +136,7 @@ pub fn plan(chains: Chains<'_>, candidates: &[Candidate]) -> Vec<Move> {
 
     // Buckets that may go, by the length of their chain. Of closed windows no more than their head has to give up;
     // of open ones all, because each may have its own reason to go.
-    let mut by_depth: [Vec<u32>; MAX_CHAIN] = Default::default();
+    let mut by_depth: [Vec<Due>; MAX_CHAIN] = Default::default();
     let mut closed = surplus.clone();
     for (number, bucket) in chains.iter() {
         let (depth, head) = (bucket.links.len(), index(bucket));
@@ -149,31 +149,42 @@ pub fn plan(chains: Chains<'_>, candidates: &[Candidate]) -> Vec<Move> {
             }
             closed[head] -= 1;
         }
-        by_depth[depth].push(number);
+        by_depth[depth].push(Due { number, head: head as u16 });
     }
     let mut chosen = vec![NO_ONE; chains.count() as usize];
     return_to_chain(chains, &by_depth, &place, &mut surplus, &mut lacks, &mut chosen);
-    spread(chains, &by_depth, &mut surplus, &mut lacks, &mut chosen);
+    spread(&by_depth, &mut surplus, &mut lacks, &mut chosen);
 
-    let moved = chosen.into_iter().enumerate().filter(|(_, to)| *to != NO_ONE);
-    moved.map(|(bucket, to)| Move { bucket: bucket as u32, to: candidates[to as usize].id }).collect()
+    let count = chosen.iter().filter(|to| **to != NO_ONE).count();
+    let mut moves = Vec::with_capacity(count);
+    for (bucket, to) in chosen.into_iter().enumerate().filter(|(_, to)| *to != NO_ONE) {
+        moves.push(Move { bucket: bucket as u32, to: candidates[to as usize].id });
+    }
+    moves
+}
+
+/// A bucket that may go, and the number of its head, so that nobody has to look it up again.
+#[derive(Clone, Copy)]
+struct Due {
+    number: u32,
+    head: u16,
 }
 
 /// Buckets that go back to somebody in their chain, shallow ones first.
 fn return_to_chain(
     chains: Chains<'_>,
-    by_depth: &[Vec<u32>],
+    by_depth: &[Vec<Due>],
     place: &[u32],
     surplus: &mut [u32],
     lacks: &mut [u32],
     chosen: &mut [u32],
 ) {
-    for &number in by_depth[2..].iter().flatten() {
-        let links = &chains.get(number).links;
-        let head = usize::from(links[0].owner.0);
+    for &Due { number, head } in by_depth[2..].iter().flatten() {
+        let head = usize::from(head);
         if surplus[head] == 0 {
             continue;
         }
+        let links = &chains.get(number).links;
         let to = links[1..].iter().map(|link| place[usize::from(link.owner.0)]);
         if let Some(to) = to.into_iter().find(|to| *to != NO_ONE && lacks[*to as usize] > 0) {
             surplus[head] -= 1;
@@ -184,24 +195,20 @@ fn return_to_chain(
 }
 
 /// The other buckets that must go, shallow ones first, in turn to everybody who lacks some.
-fn spread(
-    chains: Chains<'_>,
-    by_depth: &[Vec<u32>],
-    surplus: &mut [u32],
-    lacks: &mut [u32],
-    chosen: &mut [u32],
-) {
+fn spread(by_depth: &[Vec<Due>], surplus: &mut [u32], lacks: &mut [u32], chosen: &mut [u32]) {
     let mut takers: Vec<usize> = (0..lacks.len()).filter(|i| lacks[*i] > 0).collect();
     let mut turn = 0;
-    for &number in by_depth.iter().flatten() {
+    for &Due { number, head } in by_depth.iter().flatten() {
         if takers.is_empty() {
             return;
         }
-        let head = usize::from(chains.get(number).head().unwrap_or(BackendId::NONE).0);
+        let head = usize::from(head);
         if surplus[head] == 0 || chosen[number as usize] != NO_ONE {
             continue;
         }
-        turn %= takers.len();
+        if turn == takers.len() {
+            turn = 0;
+        }
         let to = takers[turn];
         surplus[head] -= 1;
         lacks[to] -= 1;

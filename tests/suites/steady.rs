@@ -119,7 +119,9 @@ fn every_backend_serves(io: Io) {
     for node in &nodes {
         let counters: BTreeMap<_, _> = node.counters.iter().filter(|(_, count)| **count > 0).collect();
         println!("{}: {counters:?}", node.name);
-        assert_eq!(node.dropped(), 0, "{} dropped packets: {:?}", node.name, node.counters);
+        // Bulk transfer finds out how fast a mux is; too fast, and the device's queue is full.
+        let dropped = node.dropped() - node.counter("dropped_tx_full");
+        assert_eq!(dropped, 0, "{} dropped packets: {:?}", node.name, node.counters);
         for way in ["sent_on", "returned", "chained_header", "answered"] {
             assert_eq!(node.counter(way), 0, "{}: {way}", node.name);
         }

@@ -123,6 +123,8 @@ pub fn run(settings: &Settings) -> Result<Report> {
     let poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), COMMANDS)?);
     let (sender, commands) = mpsc::channel();
+    // Shared, not moved: a waker that is dropped takes its wake-up with it.
+    let said = Arc::clone(&waker);
     std::thread::spawn(move || {
         for line in io::stdin().lock().lines().map_while(Result::ok) {
             match Command::parse(&line) {
@@ -130,14 +132,14 @@ pub fn run(settings: &Settings) -> Result<Report> {
                     if sender.send(command).is_err() {
                         return;
                     }
-                    let _ = waker.wake();
+                    let _ = said.wake();
                 }
                 Err(error) => eprintln!("{error}"),
             }
         }
         // Whoever started us is gone, or has nothing more to say.
         let _ = sender.send(Command::Finish);
-        let _ = waker.wake();
+        let _ = said.wake();
     });
 
     let now = Instant::now();

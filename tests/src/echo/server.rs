@@ -43,10 +43,12 @@ pub fn serve(listen: SocketAddr, name: &str) -> Result<ServerReport> {
     let mut poll = Poll::new()?;
     let waker = Arc::new(Waker::new(poll.registry(), STOP)?);
     let mut signals = Signals::new([SIGINT, SIGTERM])?;
+    // Shared, not moved: a waker that is dropped takes its wake-up with it.
+    let signalled = Arc::clone(&waker);
     std::thread::spawn(move || {
         if signals.forever().next().is_some() {
             // If the loop is gone, so is the process.
-            let _ = waker.wake();
+            let _ = signalled.wake();
         }
     });
     let mut listener = TcpListener::bind(listen).with_context(|| format!("cannot listen on {listen}"))?;

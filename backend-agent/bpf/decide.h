@@ -20,6 +20,7 @@ struct list {
 struct scratch {
 	/* What the packet lists: visited, then to visit. */
 	struct list packet;
+	__u32 packet_visited;
 	/* What the packet and the older knowledge teach together. */
 	struct list taught;
 	/* What is known of the bucket, once the packet has taught. */
@@ -109,11 +110,33 @@ INLINE void read_owners(struct scratch *s, const struct walk *walk, const void *
 		s->packet.owner[i] = from[i];
 	}
 	s->packet.len = walk->owners;
+	s->packet_visited = walk->visited;
 }
 
 INLINE int teaches(const struct walk *walk, __u64 word)
 {
 	return walk->present && (!(word & FLAG_KNOWN) || is_newer(walk->generation, (__u32)word));
+}
+
+/*
+ * Rule 3, the packet's part: its path is the head of what it teaches. Returns whether that fits. A global function:
+ * the verifier looks at it once and by itself.
+ */
+__attribute__((noinline)) int teach_path(struct scratch *s)
+{
+	__u32 i, fits = 1;
+
+	if (!s)
+		return 0;
+	s->taught.len = 0;
+	/* A packet that has visited nobody is on its way to the head: then this agent comes first. */
+	for (i = 0; i <= MAX_OWNERS && i <= s->packet.len; i++) {
+		if (i == s->packet_visited)
+			fits &= push_new(&s->taught, my_address);
+		if (i < s->packet.len)
+			fits &= push_new(&s->taught, s->packet.owner[AT(i)]);
+	}
+	return fits;
 }
 
 /*
@@ -154,7 +177,7 @@ INLINE void copy_knowledge(struct scratch *s, const struct knowledge *entry)
  */
 INLINE __u32 learn(struct knowledge *entry, struct scratch *s, const struct walk *walk)
 {
-	__u32 i, len, result = 0, fits = 1;
+	__u32 i, len, result = 0, fits;
 	__u64 word;
 
 	if (!teaches(walk, entry->word)) {
@@ -168,14 +191,7 @@ INLINE __u32 learn(struct knowledge *entry, struct scratch *s, const struct walk
 		goto copied;
 	}
 
-	/* A packet that has visited nobody is on its way to the head: then this agent comes first. */
-	s->taught.len = 0;
-	for (i = 0; i <= MAX_OWNERS && i <= walk->owners; i++) {
-		if (i == walk->visited)
-			fits &= teach(&s->taught, my_address);
-		if (i < walk->owners)
-			fits &= teach(&s->taught, s->packet.owner[AT(i)]);
-	}
+	fits = teach_path(s);
 	bpf_spin_lock(&entry->lock);
 	word = entry->word;
 	if (teaches(walk, word)) {
@@ -223,7 +239,7 @@ INLINE __u32 send_to(struct scratch *s, __u32 next, __u32 visited, __u32 hops, _
  * Rules 2 and 4 to 7, for a packet without a local connection that is no newer than what is known. Returns the
  * counter that the packet ends in; for SENT_ON and RETURNED with the walk to write in `out`.
  *
- * A global function: the verifier looks at it once and by itself.
+ * A global function, as above.
  */
 __attribute__((noinline)) int walk_on(struct scratch *s, struct walk *walk, __u32 kind)
 {

@@ -13,7 +13,8 @@
 #define TCP_OPTION_NOP 1
 #define TCP_OPTION_MSS 2
 #define TCP_OPTION_MSS_LEN 4
-#define TCP_OPTIONS_MAX 40
+/* Servers put the MSS first; behind so many others it is not looked for. */
+#define TCP_OPTIONS_MAX 12
 
 /* Where the options of the TCP header at `at` hold an MSS, or 0. */
 INLINE __u32 find_mss(struct __sk_buff *skb, __u32 at, __u32 header_len)

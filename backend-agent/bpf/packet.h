@@ -109,11 +109,18 @@ INLINE __u32 parse_inner(struct inner *inner, const struct ipv4 *ip, __u32 len, 
 	sum = sum_ipv4(ip);
 	if (header_len > IPV4_LEN) {
 		const __u32 *option = (const void *)(ip + 1);
+		__u32 words = (header_len - IPV4_LEN) / 4;
 
-		for (i = 0; i < 10 && i < (header_len - IPV4_LEN) / 4; i++) {
-			if ((const void *)(option + i + 1) > end)
+		/* Keeps what the loop finds out of `header_len`, or the verifier would follow each length by itself. */
+		asm volatile("" : "+r"(words));
+		for (i = 0; i < 10 && i < words; i++, option++) {
+			const void *behind = option + 1;
+
+			/* Keeps the compiler from comparing with `end` + 1 instead, which the verifier refuses. */
+			asm volatile("" : "+r"(behind));
+			if (behind > end)
 				return DROP_TRUNCATED;
-			sum += option[i];
+			sum += *option;
 		}
 	}
 	if (fold(sum) != 0xffff)

@@ -18,8 +18,8 @@ pub const XDP_PASS: u32 = 2;
 pub const XDP_TX: u32 = 3;
 const GUE_AT: usize = ETHERNET_LEN + outer::LEN;
 
-/// A cookie carries one of so many maximum segment sizes as an offset, and the one sent has none of them: any of
-/// the others is as valid.
+/// A cookie carries the number of one of so many maximum segment sizes, added to a hash and the client's sequence
+/// number. The ones sent carry number 0; with any other they are as valid.
 const COOKIE_MSS: u32 = 4;
 
 /// What the local stack holds for a tuple.
@@ -143,11 +143,15 @@ impl World {
         let flow = &packet.flow;
         let word = |at: usize| u32::from_be_bytes([tcp[at], tcp[at + 1], tcp[at + 2], tcp[at + 3]]);
         let is_ack = tcp[13] & 0x16 == 0x10;
+        let is_cookie = |sequence: u32, acknowledgement: u32| {
+            let mss = word(8).wrapping_sub(acknowledgement).wrapping_sub(word(4).wrapping_sub(sequence));
+            mss < COOKIE_MSS
+        };
         match self.sockets.get(&(flow.source, flow.source_port, flow.destination_port)) {
             Some(Local::Connection | Local::Request) => Kind::Matched,
             Some(Local::TimeWait) if !packet.is_syn => Kind::Matched,
             Some(Local::Cookie(sequence, acknowledgement))
-                if is_ack && word(4) == *sequence && word(8).wrapping_sub(*acknowledgement) < COOKIE_MSS =>
+                if is_ack && is_cookie(*sequence, *acknowledgement) =>
             {
                 Kind::Matched
             }

@@ -17,7 +17,9 @@
 //! a live server that is declared dead. Both may break connections.
 //!
 //! `DAISY_MODEL=large cargo test -p daisy-shared --test model -- --nocapture --test-threads 1` explores
-//! larger bounds.
+//! larger bounds, and takes 7 GB of memory. States, all of them good: four servers and three moves 7.3 million; four
+//! moves 6.1; two moves with two packets and strays 4.9; with everything but a reboot 8.9; with two reboots 2.2;
+//! three moves with a crash and a return 48.7; with two SYNs 43.1.
 
 mod breaks;
 mod holds;

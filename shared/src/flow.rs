@@ -90,6 +90,7 @@ pub struct FlowV4 {
 
 impl FlowV4 {
     /// The keyed hash of the flow.
+    #[inline]
     pub fn hash(&self, key: HashKey) -> u64 {
         let mut message = [0; 16];
         message[0..4].copy_from_slice(&self.source.octets());
@@ -118,6 +119,7 @@ pub struct FlowV6 {
 
 impl FlowV6 {
     /// The keyed hash of the flow.
+    #[inline]
     pub fn hash(&self, key: HashKey) -> u64 {
         let mut message = [0; 40];
         message[0..16].copy_from_slice(&self.source.octets());

@@ -57,6 +57,8 @@ pub struct Backend {
     pub name: String,
     /// Its address.
     pub address: Ipv4Addr,
+    /// More arguments for the agent, from its next start on.
+    pub agent_arguments: Vec<String>,
     /// The agent, while it runs.
     pub agent: Option<Process>,
     /// The echo server, while it runs.

@@ -418,8 +418,16 @@ impl Topology {
                 false,
             )?,
         ];
-        let mut backend =
-            Backend { name: name.clone(), namespace, address, agent: None, echo: Some(echo), servers, bpffs };
+        let mut backend = Backend {
+            name: name.clone(),
+            namespace,
+            address,
+            agent_arguments: Vec::new(),
+            agent: None,
+            echo: Some(echo),
+            servers,
+            bpffs,
+        };
         for port in [ECHO.port(), WEB.port(), BULK_PORT] {
             let end = Instant::now() + PATIENCE;
             while !listens(&backend.namespace, port)? {
@@ -454,7 +462,7 @@ impl Topology {
         }
         let log = self.log(name);
         let backend = self.backend(name)?;
-        command.arg("--bpffs").arg(backend.bpffs.path());
+        command.arg("--bpffs").arg(backend.bpffs.path()).args(&backend.agent_arguments);
         let process = backend.agent.insert(Process::start(name, &backend.namespace, command, &log, false)?);
         process.wait_for_line("ready", PATIENCE)
     }

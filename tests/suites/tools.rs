@@ -1,9 +1,14 @@
 //! The tools of the suites, proved without a load balancer in between.
 
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use daisy_tests::topology::WEB;
 use daisy_tests::{EchoOptions, Topology};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 #[test]
 fn clients_and_servers_agree_on_every_byte() {
@@ -72,8 +77,44 @@ fn nothing_is_left_behind() {
     assert!(directory.is_dir());
     assert!(std::path::Path::new("/run/netns").join(&namespace).exists());
     drop(net);
-    assert!(!directory.exists());
-    let prefix = namespace.strip_suffix("router").unwrap();
+    assert_nothing_left(namespace.strip_suffix("router").unwrap(), &directory);
+}
+
+#[test]
+fn a_signal_leaves_nothing_behind() {
+    let _alone = crate::common::alone();
+    for signal in [Signal::SIGINT, Signal::SIGTERM] {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "tools::stands_until_a_signal", "--ignored", "--nocapture"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let lines = BufReader::new(child.stdout.take().unwrap()).lines().map_while(Result::ok);
+        let standing =
+            lines.filter_map(|line| Some(line.strip_prefix("standing ")?.to_owned())).next().unwrap();
+        let (namespace, directory) = standing.split_once(' ').unwrap();
+        assert!(Path::new("/run/netns").join(namespace).exists());
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(128 + signal as i32));
+        assert_nothing_left(namespace.strip_suffix("router").unwrap(), Path::new(directory));
+    }
+}
+
+#[test]
+#[ignore = "the other half of `a_signal_leaves_nothing_behind`, which runs it: it waits for a signal"]
+fn stands_until_a_signal() {
+    let net = Topology::new("signal").plain().clients(1).backends(2).start().unwrap();
+    let _echo = net.echo(0, &EchoOptions { connections: 10, ..EchoOptions::default() }).unwrap();
+    println!("standing {} {}", net.router().name(), net.directory().display());
+    loop {
+        std::thread::park();
+    }
+}
+
+/// No namespace whose name begins so, no mount or process below the directory, and no directory.
+fn assert_nothing_left(prefix: &str, directory: &Path) {
+    assert!(!directory.exists(), "{} is left", directory.display());
     let left: Vec<_> = std::fs::read_dir("/run/netns")
         .unwrap()
         .filter_map(|entry| entry.unwrap().file_name().into_string().ok())
@@ -82,4 +123,13 @@ fn nothing_is_left_behind() {
     assert_eq!(left, Vec::<String>::new());
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains(directory.to_str().unwrap()));
+    for entry in std::fs::read_dir("/proc").unwrap().map(Result::unwrap) {
+        // Most have gone by the time they are looked at, or are no processes.
+        let command = std::fs::read_to_string(entry.path().join("cmdline")).unwrap_or_default();
+        assert!(
+            !command.contains(directory.to_str().unwrap()),
+            "process {} is left: {command}",
+            entry.path().display()
+        );
+    }
 }

@@ -21,7 +21,7 @@ fn agents_die_and_are_replaced(io: Io) {
     for name in ["b1", "b4"] {
         let before = net.node(name).unwrap();
         net.kill_agent(name).unwrap();
-        assert!(is_attached(&mut net, name), "the program of {name} went with its daemon");
+        assert!(program(&mut net, name).is_some(), "the program of {name} went with its daemon");
         assert!(pins(&mut net, name) > 0, "nothing of {name} is pinned");
         echo.command("open 50").unwrap();
         echo.talk(2).unwrap();
@@ -38,17 +38,27 @@ fn agents_die_and_are_replaced(io: Io) {
         );
     }
 
-    // A newer binary takes over from a running one that is stopped, and from one that is killed.
+    // A newer binary takes over from one that is stopped, and from one that is killed: the program is replaced in
+    // place.
     let newer = net.directory().join("daisy-agent-next");
     std::fs::copy(net.binary("daisy-agent").unwrap(), &newer).unwrap();
+    let old = ["b2", "b3"].map(|name| program(&mut net, name).unwrap());
     net.stop_agent("b2").unwrap();
-    assert!(is_attached(&mut net, "b2"), "SIGTERM took the program with it");
+    assert_eq!(program(&mut net, "b2"), Some(old[0].clone()), "SIGTERM took the program with it");
     echo.talk(2).unwrap();
     net.start_agent("b2", Some(&newer)).unwrap();
     net.kill_agent("b3").unwrap();
+    // Maps of another size are what another layout is: they cannot be taken over, and are made and filled anew.
+    net.backend("b3").unwrap().agent_arguments = vec!["--bucket-capacity".into(), "131072".into()];
     net.start_agent("b3", Some(&newer)).unwrap();
     net.wait_settled().unwrap();
-    echo.talk(1).unwrap();
+    for (name, old) in ["b2", "b3"].into_iter().zip(old) {
+        let new = program(&mut net, name).unwrap();
+        assert_ne!(new, old, "{name} still runs the program of the binary before");
+        let pid = net.backend(name).unwrap().agent.as_ref().unwrap().id();
+        assert_eq!(std::fs::read_link(format!("/proc/{pid}/exe")).unwrap(), newer);
+    }
+    echo.talk(2).unwrap();
 
     // Tables change while a daemon is away: it catches up, and its kernel side learns from packets meanwhile.
     net.kill_agent("b1").unwrap();
@@ -72,17 +82,19 @@ fn agents_die_and_are_replaced(io: Io) {
     // Unloading leaves nothing.
     net.stop_agent("b1").unwrap();
     net.unload_agent("b1").unwrap();
-    assert!(!is_attached(&mut net, "b1"), "an XDP program is left");
+    assert!(program(&mut net, "b1").is_none(), "an XDP program is left");
     assert_eq!(pins(&mut net, "b1"), 0, "pins are left");
     let namespace = &net.backend("b1").unwrap().namespace;
     let addresses = namespace.output("ip", &["-4", "-o", "address", "show", "dev", "lo"]).unwrap();
     assert!(!addresses.contains("203.0.113."), "a virtual address is left: {addresses}");
 }
 
-/// Whether an XDP program is attached to the backend's link.
-fn is_attached(net: &mut Topology, name: &str) -> bool {
+/// The number of the XDP program that is attached to the backend's link.
+fn program(net: &mut Topology, name: &str) -> Option<String> {
     let namespace = &net.backend(name).unwrap().namespace;
-    namespace.output("ip", &["-d", "link", "show", "dev", "eth0"]).unwrap().contains("prog/xdp")
+    let text = namespace.output("ip", &["-d", "link", "show", "dev", "eth0"]).unwrap();
+    let (_, about) = text.split_once("prog/xdp id ")?;
+    about.split_whitespace().next().map(str::to_owned)
 }
 
 /// How many objects are pinned in the backend's BPF file system.

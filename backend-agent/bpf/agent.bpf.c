@@ -140,7 +140,6 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
 	struct outer outer = outer_of(data);
-	struct prefix source = { .len = 32 };
 	struct service_key service_key = {};
 	struct service *service;
 	struct knowledge *entry;
@@ -162,8 +161,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 		return PASSED;
 	counters->count[RECEIVED]++;
 
-	source.address = outer.ip->source;
-	if (!bpf_map_lookup_elem(&trusted, &source))
+	if (!is_trusted(outer.ip->source))
 		return DROP_UNTRUSTED_SOURCE;
 
 	/* The outer headers, as daisy_shared::wire::fast::parse reads them. */

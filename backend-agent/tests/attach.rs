@@ -1,5 +1,7 @@
 //! Attaching, taking over what an earlier run has left, and leaving nothing.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
 mod common;
 
 use common::{config, ip, lone_interface, on_new_host, run, service};

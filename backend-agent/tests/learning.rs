@@ -1,5 +1,7 @@
 //! Tables and packets write the same knowledge at the same time: it never goes back.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
 mod common;
 
 use std::net::Ipv4Addr;

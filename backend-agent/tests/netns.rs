@@ -4,6 +4,8 @@
 //! client ── c0 | c1 ── mux ── m0 | eth0 ── backend (agent, service on the VIP)
 //! ```
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
 mod common;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -433,7 +435,7 @@ fn the_mss_is_lowered_never_raised_and_the_checksum_follows() {
     });
 }
 
-/// The frame of a mux that is not there, to keep the helper in use where others are.
+/// A library reads in the frames of these tests what was meant.
 #[test]
 fn frames_of_the_tests_are_well_formed() {
     let frame = encapsulated(None, &Segment::new((CLIENT, 7), SYN).to_bytes());

@@ -1,10 +1,13 @@
 //! The maps: services and their ranges, installing tables, and what survives the daemon.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
 mod common;
 
 use std::net::Ipv4Addr;
 
-use common::{ME, chain, config, known, lone_interface, on_new_host, service};
+use common::frames::{SYN, Segment, encapsulated};
+use common::{ME, MUX, chain, config, known, lone_interface, on_new_host, service};
 use daisy_agent::datapath::{Datapath, DatapathError, Installed};
 use daisy_shared::chain::Generation;
 use daisy_shared::service::ServiceId;
@@ -132,6 +135,41 @@ fn maps_are_taken_over_unless_they_do_not_fit() {
 
         Datapath::unload("eth0", bpffs).unwrap();
         assert!(!bpffs.join("daisy-agent").exists());
+    });
+}
+
+#[test]
+fn trust_is_withdrawn_at_once() {
+    on_new_host(|bpffs| {
+        lone_interface();
+        let mut datapath = Datapath::load(&config(bpffs)).unwrap();
+        let frame = encapsulated(None, &Segment::new((A, 7), SYN).to_bytes());
+        let mut untrusted = 0;
+        let prefixes: [(&[(Ipv4Addr, u8)], bool); 9] = [
+            (&[], false),
+            (&[(MUX, 32)], true),
+            (&[(A, 32)], false),
+            (&[(MUX, 24)], true),
+            (&[(MUX, 31), (A, 32)], true),
+            (&[(A, 32), (B, 32)], false),
+            (&[(MUX, 0)], true),
+            (&[], false),
+            (&[(MUX, 1)], true),
+        ];
+        for (trusted, is_trusted) in prefixes {
+            datapath.set_trusted(trusted).unwrap();
+            // Once to be looked up, once more to be remembered.
+            for _ in 0..2 {
+                datapath.test_run(&frame).unwrap();
+                untrusted += u64::from(!is_trusted);
+                assert_eq!(
+                    datapath.counters().unwrap()["dropped_untrusted_source"],
+                    untrusted,
+                    "{trusted:?}"
+                );
+            }
+        }
+        assert!(datapath.set_trusted(&[(MUX, 33)]).is_err());
     });
 }
 

@@ -85,7 +85,7 @@ impl Datapath {
             }
         };
         warn!(link = what(), reason, "the earlier attachment cannot be taken over; detaching it");
-        fs::remove_file(&path).map_err(|error| DatapathError::io(&path, error))?;
+        detach_xdp(&self.pins)?;
         Ok(None)
     }
 
@@ -138,7 +138,18 @@ impl Datapath {
                     .map_err(|error| DatapathError::kernel(format!("{interface}: clsact qdisc"), &error))?;
             }
         }
+        detach_xdp(&pins)?;
         pins.remove_all()
+    }
+}
+
+/// Detaches what is pinned as the XDP program's attachment, and removes the pin.
+fn detach_xdp(pins: &Pins) -> Result<(), DatapathError> {
+    let path = pins.link();
+    match syscall::detach_link(&path) {
+        Ok(()) => fs::remove_file(&path).map_err(|error| DatapathError::io(&path, error)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(DatapathError::io(&path, error)),
     }
 }
 

@@ -9,7 +9,7 @@ use daisy_shared::wire::{gue, outer};
 
 /// The version of the pinned maps' layout. Raised with every change to the meaning of a map, so that a newer
 /// agent never reads an older one's maps as its own.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 
 /// Counters that are not drop reasons, in the order of their index. [`PASSES`] and [`SENDS`] say what the program
 /// does with a packet that ends in one of them.

@@ -185,8 +185,15 @@ impl Datapath {
     fn write_link(&mut self) -> Result<(), DatapathError> {
         let mtu = self.interface.mtu;
         let max_mss = mtu.saturating_sub(40 + layout::RESERVE).min(u32::from(u16::MAX));
-        let link = Link { mtu, max_mss, address: self.config.address.octets() };
-        self.link.set(0, link, 0).map_err(|error| DatapathError::kernel("map link: write", &error))
+        let address = self.config.address.octets();
+        self.change_link(|link| *link = Link { mtu, max_mss, address, ..*link })
+    }
+
+    fn change_link(&mut self, change: impl FnOnce(&mut Link)) -> Result<(), DatapathError> {
+        let error = |error| DatapathError::kernel("map link", &error);
+        let mut link = self.link.get(&0, 0).map_err(error)?;
+        change(&mut link);
+        self.link.set(0, link, 0).map_err(error)
     }
 
     /// Sets a service, with a table in which no bucket is known. Does nothing if it is set already just so.
@@ -417,7 +424,8 @@ impl Datapath {
         for (len, address) in present.difference(&wanted) {
             self.trusted.remove(&Key::new(*len, *address)).map_err(error)?;
         }
-        Ok(())
+        // The data path remembers whom it has found trusted, until it sees this.
+        self.change_link(|link| link.trusted_version = link.trusted_version.wrapping_add(1))
     }
 
     /// The counters, by the names they are reported under. They outlive the daemon with the maps.
@@ -450,9 +458,8 @@ impl Datapath {
         std::os::fd::AsFd::as_fd(&self.wanted)
     }
 
-    /// Waits until every packet that was being decided by what was known before has been decided. What the local
-    /// stack holds afterwards, it holds by knowledge that is no older than what [`Datapath::knowledge`] said
-    /// before the call.
+    /// Waits until no packet is being decided by what was known before the call. What the kernel then still has to
+    /// hand from one CPU to another (receive packet steering) reaches the local stack a little later.
     pub fn settle(&self) {
         if let Err(error) = syscall::wait_for_programs() {
             warn!(%error, "this kernel cannot wait for packets that are being decided");

@@ -10,6 +10,7 @@ use std::path::Path;
 const BPF_OBJ_GET: libc::c_int = 7;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const BPF_OBJ_GET_INFO_BY_FD: libc::c_int = 15;
+const BPF_LINK_DETACH: libc::c_int = 34;
 const BPF_MAP_LOOKUP_BATCH: libc::c_int = 24;
 /// Reads values that hold a `bpf_spin_lock` under that lock.
 pub(super) const BPF_F_LOCK: u64 = 4;
@@ -64,6 +65,12 @@ struct ObjectAttr {
     pathname: u64,
     bpf_fd: u32,
     file_flags: u32,
+}
+
+/// The part of `union bpf_attr` that belongs to `BPF_LINK_DETACH`.
+#[repr(C)]
+struct DetachAttr {
+    link_fd: u32,
 }
 
 /// The start of `struct bpf_link_info`, for an XDP link.
@@ -138,16 +145,31 @@ pub(super) fn run(program: impl AsFd, packet: &[u8]) -> io::Result<u32> {
     Ok(attr.retval)
 }
 
+/// Opens what is pinned.
+fn open_pin(pin: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    // The kernel reads `path` up to its terminating zero; it outlives the call.
+    let fd = bpf(BPF_OBJ_GET, &mut ObjectAttr { pathname: path.as_ptr() as u64, ..ObjectAttr::default() })?;
+    // SAFETY: BPF_OBJ_GET returns a file descriptor that is open and nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Detaches a pinned link at once; removing the pin alone would do so some time later.
+///
+/// # Errors
+/// What the kernel says; `NotFound` if there is no such pin.
+pub(super) fn detach_link(pin: &Path) -> io::Result<()> {
+    let link = open_pin(pin)?;
+    let mut attr = DetachAttr { link_fd: link.as_raw_fd() as u32 };
+    bpf(BPF_LINK_DETACH, &mut attr).map(|_| ())
+}
+
 /// The number of the interface that a pinned XDP link is attached to; 0 if that interface is gone.
 ///
 /// # Errors
 /// What the kernel says.
 pub(super) fn link_interface(pin: &Path) -> io::Result<u32> {
-    let path = CString::new(pin.as_os_str().as_bytes())?;
-    // The kernel reads `path` up to its terminating zero; it outlives the call.
-    let fd = bpf(BPF_OBJ_GET, &mut ObjectAttr { pathname: path.as_ptr() as u64, ..ObjectAttr::default() })?;
-    // SAFETY: BPF_OBJ_GET returns a file descriptor that is open and nobody else's.
-    let link = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+    let link = open_pin(pin)?;
     let mut info = XdpLinkInfo::default();
     let mut attr = InfoAttr {
         bpf_fd: link.as_raw_fd() as u32,

@@ -15,6 +15,7 @@ pub(super) struct Link {
     pub mtu: u32,
     pub max_mss: u32,
     pub address: [u8; 4],
+    pub trusted_version: u32,
 }
 
 /// `struct counters`.
@@ -117,7 +118,7 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_c_structures() {
-        assert_eq!(size_of::<Link>(), 12);
+        assert_eq!(size_of::<Link>(), 16);
         assert_eq!(size_of::<ServiceKey>(), 8);
         assert_eq!(size_of::<ServiceValue>(), 32);
         assert_eq!(size_of::<KnowledgeValue>(), 48);

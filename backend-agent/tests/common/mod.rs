@@ -1,6 +1,7 @@
 //! Hosts for tests of the data path: threads in network and mount namespaces of their own, which the kernel takes
 //! down with the thread, however the test ends.
 #![allow(dead_code, reason = "each test uses its part")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 pub mod frames;
 pub mod netns;

@@ -102,7 +102,7 @@ impl Wire {
                 assert_eq!(error.kind(), io::ErrorKind::WouldBlock, "AF_PACKET receive: {error}");
                 return None;
             }
-            if from.sll_pkttype != libc::PACKET_OUTGOING as u8 {
+            if from.sll_pkttype != libc::PACKET_OUTGOING {
                 buffer.truncate(received as usize);
                 return Some(buffer);
             }

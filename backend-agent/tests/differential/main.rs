@@ -4,6 +4,8 @@
 //!
 //! `DAISY_SEED` and `DAISY_CASES` set the seed and the number of cases; both are printed.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
 #[path = "../common/mod.rs"]
 mod common;
 mod host;

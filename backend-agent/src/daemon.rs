@@ -39,6 +39,8 @@ pub struct Config {
     pub trust: Vec<(Ipv4Addr, u8)>,
     /// The data path.
     pub datapath: datapath::Config,
+    /// Take packets with the tables on disk after a reboot, though no controller has answered.
+    pub bootstrap: bool,
     /// Take everything down at the end.
     pub unload_on_exit: bool,
 }
@@ -86,12 +88,14 @@ pub fn run(config: Config, stop: &Stop) -> anyhow::Result<()> {
     let (sender, synced) = channel();
     let agent = Agent::new(me, shared.clone(), vips, config.trust.clone(), sender);
     let mut sync = Sync::new(sync_config, agent).context("sync")?;
-    let restored = sync.restore();
+    // After a reboot the disk is not enough: it knows less than the maps did that are gone, and the promise rests on
+    // nobody forgetting (`docs/decisions/0010-no-end-without-certainty.md`).
+    let restored = (pinned || config.bootstrap) && sync.restore();
     let flag = stop.clone();
     let sync = std::thread::Builder::new().name("sync".into()).spawn(move || sync.run(&flag))?;
 
     if !restored && !pinned {
-        info!("nothing is known yet, from disk or an earlier run: waiting for a controller");
+        info!("no data path of an earlier run is left, and the disk may be behind it: waiting for a controller");
         while !stop.is_set() && synced.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {}
     }
     if !stop.is_set() {

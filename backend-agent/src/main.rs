@@ -73,6 +73,10 @@ struct Run {
     /// Deliver every packet locally. Breaks connections when tables change: for comparison only.
     #[arg(long)]
     no_chaining: bool,
+    /// After a reboot, take packets with the tables on disk though no controller has answered. Connections of other
+    /// backends may be reset if a mux is behind, too.
+    #[arg(long)]
+    bootstrap: bool,
     /// Take everything down at the end.
     #[arg(long)]
     unload_on_exit: bool,
@@ -155,6 +159,7 @@ fn run(args: Run) -> anyhow::Result<()> {
         state_dir: args.state_dir,
         trust,
         datapath,
+        bootstrap: args.bootstrap,
         unload_on_exit: args.unload_on_exit,
     };
     daemon::run(config, &stop)

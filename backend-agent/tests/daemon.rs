@@ -147,7 +147,7 @@ fn starts_reports_stays_starts_again_and_unloads() {
 
         // Without any knowledge it is not ready.
         let mut agent = Agent::start(bpffs, state, &controller.url, &[]);
-        agent.until("nothing is known yet");
+        agent.until("waiting for a controller");
         let exchange = controller.next();
         assert!(!is_attached());
         assert_eq!(exchange.request.applied.len(), 0);
@@ -204,6 +204,17 @@ fn starts_reports_stays_starts_again_and_unloads() {
         unload(bpffs, empty.path());
         assert!(!is_attached());
         assert!(!bpffs.join("daisy-agent").exists());
+
+        // As after a reboot: with the disk alone it waits for a controller, unless it is told otherwise.
+        let mut agent = Agent::start(bpffs, state, "http://127.0.0.1:9", &[]);
+        agent.until("waiting for a controller");
+        agent.signal(Signal::SIGTERM);
+        assert!(!is_attached());
+        let mut agent = Agent::start(bpffs, state, "http://127.0.0.1:9", &["--bootstrap"]);
+        agent.until("table restored from disk");
+        agent.until("ready");
+        agent.signal(Signal::SIGTERM);
+        unload(bpffs, state);
         assert_eq!(std::fs::read_to_string("/proc/sys/net/ipv4/conf/eth0/arp_ignore").unwrap().trim(), "0");
     });
 }

@@ -213,8 +213,8 @@ impl Publisher {
         Some(update(service, delta.map(|(from, _)| from), track.released, entries))
     }
 
-    /// What an agent that has applied `applied` lacks of a service that it serves. An update in which nothing
-    /// concerns it comes only if `even_empty`.
+    /// What an agent that has applied `applied` lacks of a service that it serves: of changes those that concern
+    /// it, otherwise the whole table. An update in which nothing concerns it comes only if `even_empty`.
     pub fn for_agent(
         &self,
         state: &State,
@@ -238,13 +238,9 @@ impl Publisher {
                 let numbers = changes.iter().filter_map(|change| change.concerned.get(&agent)).flatten();
                 union(numbers.copied()).into_iter().map(entry).collect()
             }
-            None if service.figures.standing(agent) == Default::default() => Vec::new(),
-            None => {
-                let all = service.buckets.iter().enumerate();
-                all.filter(|(_, b)| b.position(agent).is_some())
-                    .map(|(number, _)| entry(number as u32))
-                    .collect()
-            }
+            // Every bucket: an agent that has forgotten one that names others only (a reboot) would take a stale
+            // mux's word for it (`docs/decisions/0010-no-end-without-certainty.md`).
+            None => (0..service.buckets.len() as u32).map(entry).collect(),
         };
         if delta.is_some() && entries.is_empty() && !even_empty {
             return None;

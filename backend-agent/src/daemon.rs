@@ -95,7 +95,7 @@ pub fn run(config: Config, stop: &Stop) -> anyhow::Result<()> {
     let sync = std::thread::Builder::new().name("sync".into()).spawn(move || sync.run(&flag))?;
 
     if !restored && !pinned {
-        info!("no data path of an earlier run is left, and the disk may be behind it: waiting for a controller");
+        info!("waiting for a controller: no earlier data path is left, and the disk may be behind it");
         while !stop.is_set() && synced.recv_timeout(TICK) == Err(RecvTimeoutError::Timeout) {}
     }
     if !stop.is_set() {

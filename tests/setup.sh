@@ -55,8 +55,8 @@ if [ -n "$missing" ]; then
 	# shellcheck disable=SC2086 # a list of packages
 	apt-get install -y -qq --no-install-recommends $missing >/dev/null
 	case "$missing" in
-	# Nor at the next start of this machine. (Without systemd there may be nothing to disable.)
-	*nginx*) deb-systemd-helper disable nginx.service || true ;;
+	# Nor at the next start of this machine: what `systemctl disable nginx` does, with or without systemd.
+	*nginx*) rm -f /etc/systemd/system/multi-user.target.wants/nginx.service ;;
 	esac
 fi
 

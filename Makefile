@@ -23,7 +23,8 @@ build: setup
 	$(CARGO) build --workspace --bins
 
 root:
-	@test "$$(id -u)" = 0 || { echo "needs root: network namespaces and eBPF programs are made (try: sudo make ...)" >&2; exit 1; }
+	$(if $(filter 0,$(shell id -u)),,$(error needs root, for network namespaces and eBPF programs (try: sudo make ...)))
+	@true
 
 # Everything: unit tests, properties, model, eBPF against Rust, and the end-to-end suites.
 test: root build

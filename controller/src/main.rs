@@ -47,9 +47,18 @@ enum LogFormat {
 }
 
 fn main() -> ExitCode {
-    let flags = Flags::parse();
-    start_log(flags.log_format);
-    match prepare(&flags) {
+    let flags = match Flags::try_parse() {
+        Ok(flags) => flags,
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            // The first paragraph says what is wrong; the rest is help.
+            let text = error.to_string();
+            let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+            let line = lines.collect::<Vec<_>>().join(" ");
+            return complain(&anyhow::anyhow!("{}", line.trim_start_matches("error: ")), 2);
+        }
+    };
+    match start_log(flags.log_format).and_then(|()| prepare(&flags)) {
         Ok(ready) => match ready.run() {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => complain(&error, 1),
@@ -64,13 +73,19 @@ fn complain(error: &anyhow::Error, code: u8) -> ExitCode {
     ExitCode::from(code)
 }
 
-fn start_log(format: LogFormat) {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+fn start_log(format: LogFormat) -> anyhow::Result<()> {
+    let filter = match std::env::var("RUST_LOG") {
+        Ok(text) if !text.is_empty() => {
+            text.parse::<EnvFilter>().with_context(|| format!("RUST_LOG={text}"))?
+        }
+        _ => EnvFilter::new("info"),
+    };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => builder.json().init(),
     }
+    Ok(())
 }
 
 /// Everything that can be wrong at the start has been checked.

@@ -51,7 +51,7 @@ impl Embedded {
     pub fn open(path: &Path) -> Result<(Embedded, State), StoreError> {
         let database = Database::create(path).map_err(|error| match error {
             DatabaseError::DatabaseAlreadyOpen => StoreError::InUse(path.to_owned()),
-            other => StoreError::Disk { path: path.to_owned(), source: other.into() },
+            other => StoreError::Disk { path: path.to_owned(), error: other.into() },
         })?;
         let store = Embedded { path: path.to_owned(), database };
         store.prepare()?;
@@ -60,7 +60,7 @@ impl Embedded {
     }
 
     fn disk(&self, error: impl Into<redb::Error>) -> StoreError {
-        StoreError::Disk { path: self.path.clone(), source: error.into() }
+        StoreError::Disk { path: self.path.clone(), error: error.into() }
     }
 
     fn damaged(&self, place: impl Into<String>, why: impl ToString) -> StoreError {

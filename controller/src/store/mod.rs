@@ -35,12 +35,12 @@ pub enum StoreError {
         why: String,
     },
     /// The disk or the file.
-    #[error("store {path}: {source}")]
+    #[error("store {path}: {error}")]
     Disk {
         /// Where it is.
         path: PathBuf,
-        /// What it says.
-        source: redb::Error,
+        /// What it says. Not its source: then it would be said twice.
+        error: redb::Error,
     },
 }
 

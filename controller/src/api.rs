@@ -239,7 +239,9 @@ fn check_address(field: &str, address: IpAddr) -> Result<(), Problem> {
     let IpAddr::V4(v4) = address else {
         return Err(Problem::field(field, address, "IPv6 is not supported yet; give an IPv4 address"));
     };
-    if v4.is_unspecified() || v4.is_multicast() || v4.is_broadcast() {
+    // 0.0.0.0/8 is "this network", 240.0.0.0/4 is reserved (RFC 6890).
+    let [first, ..] = v4.octets();
+    if first == 0 || v4.is_loopback() || v4.is_multicast() || first >= 240 {
         return Err(Problem::field(field, address, "not the address of one host"));
     }
     Ok(())

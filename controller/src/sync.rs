@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daisy_shared::bucket::BackendId;
+use daisy_shared::chain::Generation;
 use daisy_shared::control::{NodeKind, SyncRequest, SyncResponse};
 use daisy_shared::service::ServiceId;
 use tokio::time::Instant;
@@ -15,6 +16,10 @@ use crate::hub::{Hub, Node, Tables};
 use crate::model::Health;
 use crate::problem::Problem;
 use crate::publish;
+
+/// How far a node may be ahead of the controller. A store restored from a backup lacks fewer changes than this. Half
+/// the circle of generations, on the other hand, would make those of all other nodes count as newer than ours.
+const MOST_AHEAD: u32 = 1 << 30;
 
 /// Who a node is.
 enum Who {
@@ -36,6 +41,7 @@ pub async fn sync(hub: &Arc<Hub>, name: &str, request: SyncRequest) -> Result<Sy
         Who::Agent(id) => Some(id),
         Who::Spare => return Ok(stand_by(hub, name, &request).await),
     };
+    check_ahead(hub, &request).await?;
     hear(hub, name, backend, &request);
     take_in(hub, name, backend, &request).await?;
     // What was taken in may have waited for the disk; that is no silence of the node's.
@@ -115,6 +121,26 @@ async fn admit(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> Result<Who,
             Ok(Who::Mux)
         }
     }
+}
+
+/// Refuses what no store that was ever this controller's can have led to: nobody rebases on that.
+async fn check_ahead(hub: &Hub, request: &SyncRequest) -> Result<(), Problem> {
+    let state = &hub.tables.read().await.state;
+    let why = |ours: &dyn std::fmt::Display| format!("more than {MOST_AHEAD} changes ahead of {ours} here");
+    let directory = state.meta.directory;
+    if request.directory.saturating_sub(directory) > u64::from(MOST_AHEAD) {
+        return Err(Problem::field("directory", request.directory, why(&directory)));
+    }
+    for (id, generation) in &request.applied {
+        let Some(service) = state.services.get(id) else { continue };
+        let ours = service.record.generation;
+        // Exactly half the circle away is neither newer nor older, and never was.
+        let newer = generation.is_newer_than(ours) || *generation == Generation(ours.0 ^ 1 << 31);
+        if newer && generation.0.wrapping_sub(ours.0) > MOST_AHEAD {
+            return Err(Problem::field("applied", generation, format!("service {id}: {}", why(&ours))));
+        }
+    }
+    Ok(())
 }
 
 /// Notes that the node lives, and what it has applied.

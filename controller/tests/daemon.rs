@@ -289,6 +289,53 @@ fn a_restart_keeps_everything_and_a_restored_backup_is_rebased() {
 }
 
 #[test]
+fn a_node_cannot_push_the_controller_around_the_circle() {
+    let site = Site::with_web(&LONG_LEASE);
+    let mut b0 = site.backend(0);
+    b0.sync(0);
+    let (id, generation) = b0.applied();
+    let honest = b0.request.clone();
+    for directory in [u64::MAX, 1 << 53] {
+        b0.request.directory = directory;
+        assert_eq!(b0.ask().unwrap_err().0, 422, "directory {directory}");
+    }
+    b0.request = honest;
+    for ahead in [(1 << 31) - 1, 1 << 31, (1 << 30) + 1] {
+        b0.request.applied.insert(id, Generation(generation.0.wrapping_add(ahead)));
+        let (status, detail) = b0.ask().unwrap_err();
+        assert_eq!(status, 422, "{detail}");
+    }
+    assert_eq!(site.controller.events("rebased", "b0"), 0);
+    b0.request.applied.insert(id, Generation(generation.0 + (1 << 30)));
+    b0.sync(0);
+    assert_eq!(b0.applied().1, Generation(generation.0 + (1 << 30) + 1));
+}
+
+#[test]
+fn a_bad_start_is_one_line() {
+    let directory = tempfile::tempdir().unwrap();
+    let store = directory.path().join("missing/store");
+    let store = store.to_str().unwrap();
+    let cases: [(&[&str], &str, &str); 5] = [
+        (&["--store", store], "info", "No such file or directory"),
+        (&["--bogus"], "info", "--bogus"),
+        (&["--listen", "nonsense"], "info", "nonsense"),
+        (&["--lease-ms", "1"], "info", "--lease-ms"),
+        (&["--store", store], "=====", "RUST_LOG"),
+    ];
+    for (flags, log, named) in cases {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_daisy-controller"))
+            .args(flags)
+            .env("RUST_LOG", log)
+            .output()
+            .unwrap();
+        let line = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), line.lines().count()), (Some(2), 1), "{line}");
+        assert_eq!(line.matches(named).count(), 1, "{line}");
+    }
+}
+
+#[test]
 fn force_says_how_many_buckets_it_cut() {
     let site = Site::with_web(&LONG_LEASE);
     let (mut b0, _b1) = (site.backend(0), site.backend(1));
@@ -348,7 +395,10 @@ fn what_is_refused_names_the_field_and_the_value() {
     let heavy = backend("web/backends/b9", json!({"address": "10.0.0.2", "weight": 1_000_001}));
     assert_eq!(heavy, (422, json!("weight"), json!(1_000_001)));
     assert_eq!(backend("web/backends/b9", json!({"address": "10.0.0.2", "wait": 1})).0, 400);
-    assert_eq!(backend("web/backends/b9", json!({"address": "224.0.0.1"})).0, 422);
+    for nobodys in ["224.0.0.1", "127.0.0.1", "0.0.0.0", "0.0.0.1", "240.0.0.1", "255.255.255.255"] {
+        let answer = backend("web/backends/b9", json!({"address": nobodys}));
+        assert_eq!(answer, (422, json!("address"), json!(nobodys)));
+    }
     assert_eq!(refused("PATCH", "/v1/services/web/backends/b9", "{}"), (404, json!("backend"), json!("b9")));
     assert_eq!(refused("GET", "/v1/services/web/table?bucket=64", "").1, "bucket");
     assert_eq!(refused("GET", "/v1/services/web/table?bukket=64", "").0, 400);

@@ -50,7 +50,7 @@ struct Args {
     #[arg(long)]
     state_dir: PathBuf,
     /// The UDP port on which agents take encapsulated packets.
-    #[arg(long, default_value_t = gue::PORT)]
+    #[arg(long, default_value_t = gue::PORT, value_parser = clap::value_parser!(u16).range(1..))]
     gue_port: u16,
     /// Where the XDP program runs, with --io af-xdp: auto, native or generic.
     #[arg(long, default_value = "auto")]

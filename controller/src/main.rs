@@ -81,6 +81,9 @@ fn start_log(format: LogFormat) -> anyhow::Result<()> {
         _ => EnvFilter::new("info"),
     };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // Whoever reads the log may end before the controller does, which is no reason to end: to complain about that
+    // on standard error would panic.
+    let builder = builder.log_internal_errors(false);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).init(),
         LogFormat::Json => builder.json().init(),

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -47,6 +47,9 @@ pub fn init(format: Format) -> anyhow::Result<()> {
         _ => EnvFilter::new("info"),
     };
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // Whoever reads the log may end before the daemon does, which is no reason to end: to complain about that on
+    // standard error would panic.
+    let builder = builder.log_internal_errors(false);
     let result = match format {
         Format::Text => builder.with_ansi(io::IsTerminal::is_terminal(&io::stderr())).try_init(),
         Format::Json => builder.json().flatten_event(true).try_init(),
@@ -58,7 +61,8 @@ pub fn init(format: Format) -> anyhow::Result<()> {
 pub fn die(error: impl Display) -> ! {
     // `{:#}` prints an `anyhow::Error` with its causes, on one line; a cause may itself have several.
     let line = format!("{error:#}").lines().map(str::trim).collect::<Vec<_>>().join(" ");
-    eprintln!("error: {line}");
+    // Nothing is left to do if standard error is closed.
+    let _closed = writeln!(io::stderr(), "error: {line}");
     std::process::exit(2)
 }
 

@@ -45,8 +45,8 @@ pub struct Config {
 /// What is wrong with a [`Config`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigError {
-    /// The name is part of a URL, of file names and of logs.
-    #[error("node name {0:?} is not 1 to 63 letters, digits, '-', '_' and '.'")]
+    /// The name is part of a URL and of logs. No controller takes another.
+    #[error("node name {0:?} is not 1 to 63 of a-z, 0-9 and '-', or begins or ends with '-'")]
     Name(String),
     /// There must be at least one.
     #[error("no controller is given")]
@@ -62,9 +62,9 @@ impl Config {
     /// # Errors
     /// [`ConfigError`], which names the value.
     pub fn check(&self) -> Result<(), ConfigError> {
-        let good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        let letters = self.name.bytes().all(good) && !self.name.bytes().all(|byte| byte == b'.');
-        if !letters || !(1..=63).contains(&self.name.len()) {
+        let good = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        let inside = !self.name.starts_with('-') && !self.name.ends_with('-');
+        if !inside || !self.name.bytes().all(good) || !(1..=63).contains(&self.name.len()) {
             return Err(ConfigError::Name(self.name.clone()));
         }
         if self.controllers.is_empty() {

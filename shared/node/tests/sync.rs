@@ -279,7 +279,7 @@ fn what_cannot_work_is_refused_at_start() {
         gue_port: 6080,
     };
     assert_eq!(good.check(), Ok(()));
-    for name in ["", "..", "a/b", "a b", &"x".repeat(64)] {
+    for name in ["", "..", "a/b", "a b", "Mux-1", "a_b", "a.b", "-a", "a-", &"x".repeat(64)] {
         let config = Config { name: name.into(), ..good.clone() };
         assert_eq!(config.check(), Err(ConfigError::Name(name.into())));
     }

@@ -20,7 +20,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::core::{Answer, Command};
+use crate::answer::Answer;
+use crate::core::Command;
 use crate::hub::{Hub, Tables};
 use crate::model::ServiceState;
 use crate::problem::Problem;

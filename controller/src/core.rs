@@ -7,8 +7,8 @@ use daisy_shared::bucket::BackendId;
 use daisy_shared::chain::Generation;
 use daisy_shared::control::DrainReport;
 use daisy_shared::service::{Service, ServiceId};
-use serde::{Deserialize, Serialize};
 
+use crate::answer::Answer;
 use crate::draft::Draft;
 use crate::events::{Event, Kind};
 use crate::model::{Backend, Change, Health, Member, Mux, ServiceRecord, State};
@@ -91,41 +91,6 @@ pub struct Context<'a> {
     pub now_unix_ms: u64,
     /// Whether the agent of this name has been heard of within its lease.
     pub heard: &'a dyn Fn(&str) -> bool,
-}
-
-/// What a change does, for whoever asked for it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer {
-    /// Whether anything differs from before.
-    pub changed: bool,
-    /// The service's generation after the change.
-    pub generation: Generation,
-    /// Which buckets move.
-    pub plan: PlanView,
-    /// Buckets that were taken from a backend with the connections that it may hold in them.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cut_buckets: Option<u32>,
-    /// What the operator should know.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub note: Option<String>,
-}
-
-/// Which buckets move.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PlanView {
-    /// How many buckets get another head.
-    pub moved_buckets: u32,
-    /// For each backend whose share changes, by name.
-    pub per_backend: BTreeMap<String, ShareView>,
-}
-
-/// How many buckets a backend is head of.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ShareView {
-    /// Before the change.
-    pub before: u32,
-    /// After the change.
-    pub after: u32,
 }
 
 /// Decides what a command does to the state.

@@ -8,8 +8,8 @@ use daisy_shared::chain::{Generation, MAX_CHAIN};
 use daisy_shared::control::DrainReport;
 use daisy_shared::service::ServiceId;
 
+use crate::answer::{Answer, PlanView, ShareView};
 use crate::chains;
-use crate::core::{Answer, PlanView, ShareView};
 use crate::events::{Event, Kind};
 use crate::model::{
     Backend, Bucket, Change, Figures, Health, ID_QUARANTINE_MS, Mux, ServiceChange, ServiceRecord, Standing,

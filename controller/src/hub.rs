@@ -18,7 +18,8 @@ use daisy_shared::control::{DrainReport, NodeKind};
 use daisy_shared::service::ServiceId;
 use tokio::sync::{RwLock, oneshot, watch};
 
-use crate::core::{self, Answer, Command, Context};
+use crate::answer::Answer;
+use crate::core::{self, Command, Context};
 use crate::events::{Event, Kind, Ring};
 use crate::leases::Leases;
 use crate::model::{Change, State};

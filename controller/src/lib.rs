@@ -15,13 +15,14 @@
 //! | [`store`] | the state on disk |
 //! | [`hub`] | the one writer, and what readers share with it |
 //! | [`sync`] | a node's sync |
-//! | [`api`], [`views`], [`problem`] | HTTP |
+//! | [`api`], [`answer`], [`views`], [`problem`] | HTTP |
 //! | [`events`] | what happened lately |
 //! | [`ctl`] | `daisyctl` |
 //!
 //! [`Change`]: model::Change
 #![forbid(unsafe_code)]
 
+pub mod answer;
 pub mod api;
 pub mod chains;
 pub mod core;

@@ -8,11 +8,13 @@
 //! | [`io`] | where frames come from and go to |
 //! | [`metrics`] | one counter for each way a packet may go |
 //! | [`neighbours`] | the Ethernet addresses of next hops, from the kernel |
+//! | [`state`] | what the control threads change: tables, and the XDP filter that follows them |
 //! | [`sync`] | tables from the controller |
 
 pub mod io;
 pub mod metrics;
 pub mod neighbours;
 pub mod pipeline;
+pub mod state;
 pub mod sync;
 pub mod table;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use daisy_node::interface::{Interface, Mac};
 use daisy_node::next_hops::{NextHop, NextHops};
 
-use crate::sync::State;
+use crate::state::State;
 use crate::table::Link;
 
 /// How long a new directory may wait for the next hops of its backends, so that their first packets are not lost.

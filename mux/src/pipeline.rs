@@ -15,6 +15,7 @@ use daisy_shared::chain::{Owners, Walk};
 use daisy_shared::drop::DropReason;
 use daisy_shared::wire::{fast, gue, outer};
 
+pub use crate::table::CLOSED_LEN;
 use crate::table::{Reach, Snapshot, Template};
 
 /// How many packets go through the pipeline together.
@@ -22,8 +23,6 @@ pub const BURST: usize = 64;
 
 /// Length in bytes of the GUE header in an open window: the walk with one owner to visit.
 const GUE_OPEN_LEN: usize = gue::BASE_LEN + gue::WALK_BASE_LEN + 4;
-/// Length in bytes of all headers before the inner IP packet in a closed window.
-pub const CLOSED_LEN: usize = fast::ETHERNET_LEN + outer::LEN + gue::BASE_LEN;
 /// Length in bytes of all headers before the inner IP packet in an open window.
 pub const OPEN_LEN: usize = fast::ETHERNET_LEN + outer::LEN + GUE_OPEN_LEN;
 /// The room in bytes that a frame needs before its first byte, so that it can be encapsulated in place.

@@ -22,7 +22,8 @@ use daisy_shared::flow::{FlowV4, HashKey};
 use daisy_shared::service::{Service, ServiceId};
 use daisy_shared::wire::{fast, gue, outer};
 
-use crate::pipeline::CLOSED_LEN;
+/// Length in bytes of all headers before the inner IP packet in a closed window.
+pub const CLOSED_LEN: usize = fast::ETHERNET_LEN + outer::LEN + gue::BASE_LEN;
 
 /// What the pipeline needs to know of the interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use daisy_node::interface::InterfaceError;
+use daisy_node::log::causes;
 use daisy_shared::service::ServiceId;
 
 /// How many characters of an error of the kernel's are shown.
@@ -78,18 +79,8 @@ impl DatapathError {
 
     /// An error of the kernel's, with its causes, on one line.
     pub(super) fn kernel(what: impl Into<String>, error: &dyn Error) -> DatapathError {
-        let mut why = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            let text = error.to_string();
-            // Transparent errors repeat their source.
-            if !why.ends_with(&text) {
-                why = format!("{why}: {text}");
-            }
-            cause = error.source();
-        }
         // Of a verifier's log the end tells what it did not like.
-        let mut why = why.replace('\n', " | ");
+        let mut why = causes(error).replace('\n', " | ");
         if let Some((cut, _)) = why.char_indices().rev().nth(LONGEST) {
             why = format!("…{}", &why[cut..]);
         }

@@ -4,7 +4,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::core::Answer;
+use crate::answer::Answer;
 use crate::events;
 use crate::views::{BackendView, DrainView, NodeView, ServiceView, StatusView, TableView};
 

@@ -2,7 +2,6 @@
 //! rest to the kernel. Its link is not pinned, so that a mux that dies leaves no program behind.
 
 use std::collections::BTreeSet;
-use std::error::Error;
 use std::fmt;
 use std::net::IpAddr;
 use std::os::fd::AsRawFd;
@@ -11,6 +10,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, XskMap};
 use aya::programs::Xdp;
 use aya::{Ebpf, EbpfLoader};
 use daisy_node::interface::Interface;
+use daisy_node::log::causes;
 use daisy_node::xdp::{self, Attached, Mode};
 use daisy_shared::service::Service;
 
@@ -126,18 +126,4 @@ fn keys(service: &Service) -> Vec<Key> {
     let [a, b, c, d] = vip.octets();
     let [high, low] = service.port.to_be_bytes();
     vec![[a, b, c, d, high, low, service.protocol.number(), 0], [a, b, c, d, 0, 0, 0, 0]]
-}
-
-/// An error and what caused it, on one line.
-fn causes(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !line.ends_with(&text) {
-            line = format!("{line}: {text}");
-        }
-        cause = error.source();
-    }
-    line
 }

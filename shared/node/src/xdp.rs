@@ -8,6 +8,7 @@ use aya::programs::{ProgramError, Xdp};
 use tracing::{info, warn};
 
 use crate::interface::Interface;
+use crate::log::causes;
 
 /// How an XDP program is asked to be attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,21 +103,6 @@ pub fn attach(
     };
     info!(interface = interface.name, mode = %attached.1, "XDP program attached");
     Ok(attached)
-}
-
-/// An error and what caused it, on one line.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        // Transparent errors repeat their source.
-        if !line.ends_with(&text) {
-            line = format!("{line}: {text}");
-        }
-        cause = error.source();
-    }
-    line
 }
 
 #[cfg(test)]

@@ -26,9 +26,11 @@ root:
 	$(if $(filter 0,$(shell id -u)),,$(error needs root, for network namespaces and eBPF programs (try: sudo make ...)))
 	@true
 
-# Everything: unit tests, properties, model, eBPF against Rust, and the end-to-end suites.
+# Everything: unit tests, properties, model, eBPF against Rust, and the end-to-end suites; then whether each promise
+# of SPECIFICATION.md has its test.
 test: root build
 	$(CARGO) test --workspace
+	@./tests/specification.py
 
 # The end-to-end suites alone, with what they print.
 suites: root build

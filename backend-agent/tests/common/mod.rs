@@ -42,12 +42,10 @@ impl Drop for Bpffs {
     }
 }
 
-/// Moves the calling thread to new network and mount namespaces, with loopback up.
+/// Moves the calling thread to a new network namespace, with loopback up. Not to a new mount namespace: its mounts
+/// could not be made private where the root folder is no mount point, as in a chroot.
 pub fn enter_new_host() {
-    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
-        .expect("these tests make network namespaces and need root");
-    mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)
-        .expect("mounts can be made private");
+    unshare(CloneFlags::CLONE_NEWNET).expect("these tests make network namespaces and need root");
     // /sys is of the network namespace it was mounted in, and ip(8) looks there for some things.
     ip("link set lo up");
 }

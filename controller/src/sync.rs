@@ -36,12 +36,12 @@ enum Who {
 /// # Errors
 /// A [`Problem`]: the node is not who it says.
 pub async fn sync(hub: &Arc<Hub>, name: &str, request: SyncRequest) -> Result<SyncResponse, Problem> {
+    check_past(hub, &request).await?;
     let backend = match admit(hub, name, &request).await? {
         Who::Mux => None,
         Who::Agent(id) => Some(id),
         Who::Spare => return Ok(stand_by(hub, name, &request).await),
     };
-    check_ahead(hub, &request).await?;
     hear(hub, name, backend, &request);
     take_in(hub, name, backend, &request).await?;
     // What was taken in may have waited for the disk; that is no silence of the node's.
@@ -123,9 +123,19 @@ async fn admit(hub: &Arc<Hub>, name: &str, request: &SyncRequest) -> Result<Who,
     }
 }
 
-/// Refuses what no store that was ever this controller's can have led to: nobody rebases on that.
-async fn check_ahead(hub: &Hub, request: &SyncRequest) -> Result<(), Problem> {
+/// Refuses a node whose past cannot be this controller's, or had better not be.
+async fn check_past(hub: &Hub, request: &SyncRequest) -> Result<(), Problem> {
     let state = &hub.tables.read().await.state;
+    // Most likely another store than the one that was meant. The node goes on with what it has; were it told what is
+    // in this store, it would give all its services up. Who does want to begin anew adds a service.
+    if state.services.is_empty() && !request.applied.is_empty() && request.directory > state.meta.directory {
+        let count = request.applied.len();
+        let why = format!(
+            "the node has {count} services, this controller's store has none and is older: is --store right?"
+        );
+        return Err(Problem::conflict("directory", request.directory, why));
+    }
+    // What no store that was ever this controller's can have led to: nobody rebases on that.
     let why = |ours: &dyn std::fmt::Display| format!("more than {MOST_AHEAD} changes ahead of {ours} here");
     let directory = state.meta.directory;
     if request.directory.saturating_sub(directory) > u64::from(MOST_AHEAD) {

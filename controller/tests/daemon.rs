@@ -312,6 +312,30 @@ fn a_node_cannot_push_the_controller_around_the_circle() {
 }
 
 #[test]
+fn a_controller_with_the_wrong_store_takes_no_service_from_anybody() {
+    let site = Site::with_web(&LONG_LEASE);
+    let (mut b0, mut mux) = (site.backend(0), site.mux(0));
+    for _ in 0..2 {
+        b0.sync(0);
+        mux.sync(0);
+    }
+    wait_for("a table for the mux", || {
+        mux.sync(0);
+        (!mux.request.applied.is_empty()).then_some(())
+    });
+    let other = Controller::start(&site.directory.path().join("misspelt"), &LONG_LEASE);
+    for node in [&mut b0, &mut mux] {
+        node.moved_to(&other);
+        let (status, detail) = node.ask().unwrap_err();
+        assert!(status == 409 && detail.contains("is --store right?"), "{detail}");
+    }
+    assert_eq!(other.ctl("mux list"), json!([]));
+    // Who wants to begin anew can.
+    other.ctl("service add new --vip 203.0.113.2 --port 80 --buckets 64");
+    assert_eq!(mux.sync(0).removed.len(), 1);
+}
+
+#[test]
 fn a_bad_start_is_one_line() {
     let directory = tempfile::tempdir().unwrap();
     let store = directory.path().join("missing/store");

@@ -215,8 +215,8 @@ impl<N: Node> Sync<N> {
         })
     }
 
-    /// Applies the last good directory and tables from disk. Returns whether that is something to work from: some
-    /// table, or all that there was.
+    /// Applies the last good directory and tables from disk. Returns whether that is something to work from: the
+    /// directory, and some table or all that there was.
     pub fn restore(&mut self) -> bool {
         let dir = self.config.state_dir.display().to_string();
         let loaded = match store::load(&self.config.state_dir) {
@@ -249,7 +249,8 @@ impl<N: Node> Sync<N> {
                 }
             }
         }
-        !self.services.is_empty() || whole && loaded.directory.is_some()
+        // Without a directory tables only name numbers.
+        loaded.directory.is_some() && (whole || !self.services.is_empty())
     }
 
     /// The node.

@@ -52,6 +52,12 @@ fn attaches_replaces_and_leaves_nothing() {
         assert!(!run("tc", "qdisc show dev eth0").contains("clsact"));
         Datapath::unload("eth0", bpffs).unwrap();
         Datapath::unload("gone0", bpffs).unwrap();
+        // Nor what others have pinned beside it.
+        std::fs::create_dir(bpffs.join("other")).unwrap();
+        for astray in ["../other", "..", ".", ""] {
+            assert!(Datapath::unload(astray, bpffs).is_err(), "{astray:?}");
+        }
+        assert!(bpffs.join("other").exists());
     });
 }
 

@@ -10,7 +10,7 @@ use aya::programs::tc::{
     NlOptions, SchedClassifierLink, TcAttachOptions, TcAttachType, TcError, TcHandle, qdisc_add_clsact,
 };
 use aya::programs::xdp::XdpLink;
-use daisy_node::interface::Interface;
+use daisy_node::interface::{Interface, InterfaceError};
 use daisy_node::netlink::Connection;
 use daisy_node::xdp::{Attached as In, Mode};
 use netlink_packet_route::RouteNetlinkMessage;
@@ -129,6 +129,10 @@ impl Datapath {
     /// # Errors
     /// If `bpffs` is not a bpf filesystem, or the kernel refuses.
     pub fn unload(interface: &str, bpffs: &Path) -> Result<(), DatapathError> {
+        // The kernel knows no such names either, and others' pins may lie there.
+        if interface.contains('/') || matches!(interface, "" | "." | "..") {
+            return Err(InterfaceError::Missing(interface.to_owned()).into());
+        }
         let pins = Pins::new(bpffs, interface)?;
         if let Ok(filter) = earlier_filter(interface) {
             // An error means that there is none.

@@ -69,6 +69,9 @@ pub fn run(config: Config, stop: &Stop) -> anyhow::Result<()> {
         gue_port: config.datapath.gue_port,
     };
     sync_config.check()?;
+    // Now, and not when something has been changed that is to be remembered there.
+    std::fs::create_dir_all(&config.state_dir)
+        .with_context(|| format!("state directory {}", config.state_dir.display()))?;
     let datapath = Datapath::load(&config.datapath)?;
     let pinned = !datapath.services().is_empty();
     let datapath = Arc::new(Mutex::new(datapath));

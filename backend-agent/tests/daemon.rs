@@ -138,6 +138,21 @@ fn unload(bpffs: &Path, state: &Path) {
 }
 
 #[test]
+fn a_state_directory_that_cannot_be_stops_it_before_it_changes_anything() {
+    on_new_host(|bpffs| {
+        lone_interface();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let mut agent = Agent::start(bpffs, &file, "http://127.0.0.1:1", &[]);
+        assert_eq!(agent.child.wait().unwrap().code(), Some(2));
+        let said: Vec<String> = agent.lines.iter().collect();
+        assert!(said.len() == 1 && said[0].contains("state directory"), "{said:?}");
+        assert!(!bpffs.join("daisy-agent").exists());
+    });
+}
+
+#[test]
 fn starts_reports_stays_starts_again_and_unloads() {
     on_new_host(|bpffs| {
         lone_interface();

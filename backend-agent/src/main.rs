@@ -17,6 +17,7 @@ use daisy_shared::service::MIN_BUCKETS;
 #[derive(Debug, Parser)]
 #[command(
     version,
+    arg_required_else_help = false,
     after_help = "Example:\n  daisy-agent run --name web-1 --interface eth0 --controller http://192.0.2.1:7600"
 )]
 struct Cli {

@@ -458,6 +458,9 @@ fn a_token_is_asked_of_everybody() {
     assert_eq!(refused, "daisyctl: a valid bearer token is required\n");
     let status = controller.ctl(&format!("status --token-file {token_flag}"));
     assert_eq!(status["listening"], controller.url.strip_prefix("http://").unwrap());
+    std::fs::write(&token_file, "two\nlines").unwrap();
+    let refused = controller.ctl_refused(&format!("status --token-file {token_flag}"));
+    assert_eq!(refused, format!("daisyctl: token file {token_flag}: not one word of visible ASCII\n"));
     let off_loopback = std::process::Command::new(env!("CARGO_BIN_EXE_daisy-controller"))
         .args(["--listen", "0.0.0.0:0", "--store"])
         .arg(directory.path().join("second"))

@@ -28,7 +28,11 @@ impl Client {
         let read = |path: &Path| {
             let text =
                 std::fs::read_to_string(path).with_context(|| format!("token file {}", path.display()))?;
-            anyhow::Ok(text.trim().to_owned())
+            let token = text.trim();
+            if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+                bail!("token file {}: not one word of visible ASCII", path.display());
+            }
+            anyhow::Ok(token.to_owned())
         };
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)

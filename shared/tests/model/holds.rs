@@ -44,10 +44,6 @@ fn holds(name: &str, bounds: Bounds) -> std::sync::Arc<Measures> {
     measures
 }
 
-fn large() -> bool {
-    std::env::var("DAISY_MODEL").is_ok_and(|size| size == "large")
-}
-
 #[test]
 fn three_moves_one_packet() {
     let bounds = Bounds { moves: 3, strays: true, closes: true, restarts: true, ..SMALL };
@@ -114,11 +110,8 @@ fn a_deaf_agent_holds_up_nobody() {
 }
 
 #[test]
+#[ignore = "takes 20 minutes and more: run it when the protocol changes, with --ignored"]
 fn larger_bounds() {
-    if !large() {
-        println!("DAISY_MODEL=large explores larger bounds");
-        return;
-    }
     holds("four servers, three moves", Bounds { servers: 4, moves: 3, ..SMALL });
     holds("four moves", Bounds { moves: 4, ..SMALL });
     holds("two moves, two packets and strays", Bounds { packets: 2, closes: true, strays: true, ..SMALL });

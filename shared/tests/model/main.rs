@@ -16,7 +16,7 @@
 //! Not covered: a controller that forgets what it has published (a store restored from an older backup), and
 //! a live server that is declared dead. Both may break connections.
 //!
-//! `DAISY_MODEL=large cargo test -p daisy-shared --test model -- --nocapture --test-threads 1` explores
+//! `cargo test -p daisy-shared --test model -- --ignored --nocapture --test-threads 1` explores
 //! larger bounds, and takes 7 GB of memory. States, all of them good: four servers and three moves 7.3 million; four
 //! moves 6.1; two moves with two packets and strays 4.9; with everything but a reboot 8.9; with two reboots 2.2;
 //! three moves with a crash and a return 48.7; with two SYNs 43.1.

@@ -198,7 +198,7 @@ mod tests {
     use super::*;
     use bitvec::prelude::bitvec;
     use daisy_shared::flow::HashKey;
-    use daisy_shared::service::Protocol;
+    use daisy_shared::service::{Encapsulation, Protocol};
 
     const ME: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
     const OTHER: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
@@ -213,6 +213,7 @@ mod tests {
             port: 80,
             buckets: 16,
             hash_key: HashKey([0; 16]),
+            encapsulation: Encapsulation::Gue,
         }
     }
 

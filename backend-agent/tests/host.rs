@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use daisy_agent::sockets::{Sockets, syn_cookies_sent};
 use daisy_agent::vip::Vips;
 use daisy_shared::flow::{FlowV4, HashKey, bucket_of};
-use daisy_shared::service::{Protocol, Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, Service, ServiceId};
 use netns::Host;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,6 +29,7 @@ fn service(id: u32, vip: Ipv4Addr, port: u16) -> Service {
         port,
         buckets: 1 << 16,
         hash_key: HashKey(*b"sixteen secrets!"),
+        encapsulation: Encapsulation::Gue,
     }
 }
 

@@ -14,7 +14,7 @@ use axum::{Json, Router};
 use daisy_shared::control::{NodeKind, SyncRequest, SyncResponse};
 use daisy_shared::flow::HashKey;
 use daisy_shared::service::{
-    DEFAULT_BUCKETS, MAX_BUCKETS, MIN_BUCKETS, Protocol, Service, ServiceId, is_bucket_count,
+    DEFAULT_BUCKETS, Encapsulation, MAX_BUCKETS, MIN_BUCKETS, Protocol, Service, ServiceId, is_bucket_count,
 };
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -190,6 +190,9 @@ pub struct NewService {
     /// How many buckets it has.
     #[serde(default = "default_buckets")]
     pub buckets: u32,
+    /// How its packets travel in closed windows.
+    #[serde(default)]
+    pub encapsulation: Encapsulation,
 }
 
 fn tcp() -> Protocol {
@@ -304,7 +307,7 @@ async fn add_service(
     Query(query): Query<ChangeQuery>,
     Body(body): Body<NewService>,
 ) -> Result<(StatusCode, Json<Answer>), Problem> {
-    let NewService { name, vip, port, protocol, buckets } = body;
+    let NewService { name, vip, port, protocol, buckets, encapsulation } = body;
     check_name("name", &name)?;
     check_address("vip", vip)?;
     if port == 0 {

@@ -15,7 +15,7 @@ use daisy_shared::chain::Generation;
 use daisy_shared::checksum;
 use daisy_shared::control::{Directory, DirectoryEntry};
 use daisy_shared::flow::HashKey;
-use daisy_shared::service::{Protocol, Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, Service, ServiceId};
 use daisy_shared::wire::gue;
 
 const FLOWS: usize = 1 << 20;
@@ -53,6 +53,7 @@ fn tables(buckets: u32, open: bool) -> Tables {
         port: 80,
         buckets,
         hash_key: HashKey([0x5a; 16]),
+        encapsulation: Encapsulation::Gue,
     };
     let entry = |bucket: u32| {
         let owners = [bucket % BACKENDS, (bucket + 1) % BACKENDS];

@@ -142,7 +142,7 @@ mod tests {
     use super::*;
     use crate::bucket::{Chain, Entry};
     use crate::flow::HashKey;
-    use crate::service::Protocol;
+    use crate::service::{Encapsulation, Protocol};
 
     #[test]
     fn a_table_survives_json() {
@@ -154,6 +154,7 @@ mod tests {
             port: 80,
             buckets: 16,
             hash_key: HashKey([0x5a; 16]),
+            encapsulation: Encapsulation::Gue,
         };
         let chain: Chain = [BackendId(1), BackendId(0)].into_iter().collect();
         let piece = Piece {

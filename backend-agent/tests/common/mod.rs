@@ -15,7 +15,7 @@ use daisy_agent::datapath::{Config, Datapath};
 use daisy_node::xdp::Mode;
 use daisy_shared::chain::{Generation, Knowledge, Owners};
 use daisy_shared::flow::HashKey;
-use daisy_shared::service::{Protocol, Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, Service, ServiceId};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
@@ -115,6 +115,7 @@ pub fn service(id: u32, port: u16, buckets: u32) -> Service {
         port,
         buckets,
         hash_key: HashKey(*b"an agent's tests"),
+        encapsulation: Encapsulation::Gue,
     }
 }
 

@@ -10,7 +10,7 @@ use daisy_shared::bucket::BackendId;
 use daisy_shared::chain::Generation;
 use daisy_shared::control::DrainReport;
 use daisy_shared::flow::HashKey;
-use daisy_shared::service::{Protocol, Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, Service, ServiceId};
 use proptest::prelude::*;
 
 pub mod daemon;
@@ -30,6 +30,7 @@ pub fn service(number: u8, buckets: u32) -> Service {
         port: 80,
         buckets,
         hash_key: HashKey([number; 16]),
+        encapsulation: Encapsulation::Gue,
     }
 }
 

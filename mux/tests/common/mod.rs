@@ -10,7 +10,7 @@ use daisy_shared::bucket::{BackendId, Entry, Piece};
 use daisy_shared::chain::Generation;
 use daisy_shared::control::{Directory, DirectoryEntry};
 use daisy_shared::flow::HashKey;
-use daisy_shared::service::{Protocol, Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, Service, ServiceId};
 use daisy_shared::wire::gue;
 use etherparse::{
     Ethernet2Header, IpDscp, IpEcn, Ipv4Header, LinkSlice, NetSlice, PacketBuilder, SlicedPacket,
@@ -47,6 +47,7 @@ pub fn service() -> Service {
         port: 80,
         buckets: BUCKETS,
         hash_key: HashKey([7; 16]),
+        encapsulation: Encapsulation::Gue,
     }
 }
 

@@ -257,7 +257,7 @@ mod tests {
     use daisy_shared::bucket::{BackendId, Chain, Entry, Piece};
     use daisy_shared::chain::Generation;
     use daisy_shared::flow::HashKey;
-    use daisy_shared::service::{Protocol, Service};
+    use daisy_shared::service::{Encapsulation, Protocol, Service};
 
     fn table(id: u32, generation: u32) -> TableUpdate {
         let service = Service {
@@ -268,6 +268,7 @@ mod tests {
             port: 80,
             buckets: 16,
             hash_key: HashKey([7; 16]),
+            encapsulation: Encapsulation::Gue,
         };
         let chain = Chain::from_iter([BackendId(1)]);
         let entries = vec![Entry { bucket: 3, generation: Generation(generation), chain }];

@@ -18,7 +18,7 @@ use daisy_shared::control::{
     Directory, DrainReport, NodeKind, ProbeResult, SyncRequest, SyncResponse, TableUpdate,
 };
 use daisy_shared::flow::HashKey;
-use daisy_shared::service::{Protocol, Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, Service, ServiceId};
 
 /// Says what it is told, and keeps heads by bucket.
 struct Recorder {
@@ -124,6 +124,7 @@ fn update(from: Option<u32>, to: u32, bucket: u32) -> TableUpdate {
         port: 80,
         buckets: 16,
         hash_key: HashKey([1; 16]),
+        encapsulation: Encapsulation::Gue,
     };
     let entry = Entry { bucket, generation: Generation(to), chain: Chain::from_iter([BackendId(1)]) };
     let piece = Piece {

@@ -13,10 +13,13 @@ use daisy_shared::wire::{gue, outer, probe};
 #[allow(dead_code, reason = "the data path uses the rest")]
 mod layout;
 
+/// Headers that the programs of muxes and agents share.
+const SHARED: &str = "../shared/bpf";
 const COMPILERS: [&str; 2] = ["clang-14", "clang"];
 
 fn main() {
     println!("cargo::rerun-if-changed=bpf");
+    println!("cargo::rerun-if-changed={SHARED}");
     println!("cargo::rerun-if-changed=src/datapath/layout.rs");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     fs::write(out.join("daisy_constants.h"), constants()).expect("OUT_DIR is writable");
@@ -35,7 +38,7 @@ fn compile(source: &Path, object: &Path, include: &Path) {
             .arg(object)
             .arg("-I")
             .arg(include)
-            .arg("-idirafter")
+            .args(["-I", SHARED, "-idirafter"])
             .arg(format!("/usr/include/{arch}-linux-gnu"))
             .status();
         match run {

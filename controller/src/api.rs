@@ -318,7 +318,7 @@ async fn add_service(
         return Err(Problem::field("buckets", buckets, why));
     }
     let (id, hash_key) = (ServiceId(rand::random()), HashKey(rand::random()));
-    let service = Service { id, name, vip, protocol, port, buckets, hash_key };
+    let service = Service { id, name, vip, protocol, port, buckets, hash_key, encapsulation };
     let answer = app.hub.command(Command::AddService(service), query.dry_run).await?;
     let status = if query.dry_run { StatusCode::OK } else { StatusCode::CREATED };
     Ok((status, Json(answer)))

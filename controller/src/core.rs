@@ -169,7 +169,8 @@ fn add_service(draft: &mut Draft<'_>, service: Service) -> Result<(), Problem> {
         ));
     }
     let (vip, port, protocol) = (service.vip, service.port, service.protocol);
-    let detail = format!("{vip} {protocol} port {port}, {} buckets", service.buckets);
+    let detail =
+        format!("{vip} {protocol} port {port}, {} buckets, {}", service.buckets, service.encapsulation);
     draft.event(Event::new(Kind::ServiceAdded, detail).service(&service.name));
     let record = ServiceRecord { service, generation: Generation(0), members: BTreeMap::new() };
     draft.set_record(record);

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use daisy_shared::bucket::BackendId;
 use daisy_shared::chain::Generation;
 use daisy_shared::control::NodeKind;
-use daisy_shared::service::{Protocol, ServiceId};
+use daisy_shared::service::{Encapsulation, Protocol, ServiceId};
 use serde::{Deserialize, Serialize};
 
 use crate::hub::{Live, Node, Tables};
@@ -26,6 +26,9 @@ pub struct ServiceView {
     pub port: u16,
     /// The transport protocol.
     pub protocol: Protocol,
+    /// How its packets travel in closed windows.
+    #[serde(default)]
+    pub encapsulation: Encapsulation,
     /// How many buckets it has.
     pub buckets: u32,
     /// The generation of its newest change.
@@ -243,6 +246,7 @@ pub fn service(state: &State, service: &ServiceState) -> ServiceView {
         vip: known.vip,
         port: known.port,
         protocol: known.protocol,
+        encapsulation: known.encapsulation,
         buckets: known.buckets,
         generation: service.record.generation,
         open_windows: service.figures.open_windows(),

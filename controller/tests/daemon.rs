@@ -8,6 +8,7 @@ use common::address;
 use common::daemon::{Controller, Node, wait_for};
 use daisy_shared::chain::Generation;
 use daisy_shared::control::NodeKind;
+use daisy_shared::service::Encapsulation;
 use serde_json::{Value, json};
 
 const LONG_LEASE: [&str; 2] = ["--lease-ms", "60000"];
@@ -384,6 +385,44 @@ fn the_last_backend_keeps_its_buckets_while_it_drains() {
 }
 
 #[test]
+fn a_service_travels_as_it_was_asked_to() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let controller = Controller::start(&path, &LONG_LEASE);
+    controller.ctl("service add plain --vip 203.0.113.1 --port 80 --buckets 64");
+    controller.ctl("service add short --vip 203.0.113.2 --port 80 --buckets 64 --encapsulation ipip");
+    let body = r#"{"name": "told", "vip": "203.0.113.3", "port": 80, "encapsulation": "ipip"}"#;
+    assert_eq!(controller.http("POST", "/v1/services", Some(body), None).0, 201);
+    let said = controller.ctl_raw("service add x --vip 203.0.113.4 --port 80 --encapsulation vxlan");
+    assert_eq!(said.status.code(), Some(2));
+    let said = String::from_utf8(said.stderr).unwrap();
+    assert!(said.contains("vxlan") && said.contains("gue, ipip"), "{said}");
+
+    controller.ctl("backend add short b0 --address 10.0.0.10");
+    let check = |controller: &Controller| {
+        let listed = controller.ctl("service list");
+        let listed: Vec<_> =
+            listed.as_array().unwrap().iter().map(|s| (&s["name"], &s["encapsulation"])).collect();
+        let expected = [("plain", "gue"), ("short", "ipip"), ("told", "ipip")];
+        assert_eq!(listed.len(), 3);
+        for (name, encapsulation) in expected {
+            assert!(listed.contains(&(&json!(name), &json!(encapsulation))), "{listed:?}");
+            assert_eq!(controller.ctl(&format!("service show {name}"))["encapsulation"], encapsulation);
+        }
+        for table in ["service list", "service show short"] {
+            let text = String::from_utf8(controller.ctl_raw(table).stdout).unwrap();
+            assert!(text.contains("ENCAPSULATION") && text.contains("ipip"), "{text}");
+        }
+        let agent = Node::new(controller, NodeKind::Agent, "b0", address(0));
+        let told = agent.ask().unwrap();
+        assert_eq!(told.tables[0].service.encapsulation, Encapsulation::Ipip);
+    };
+    check(&controller);
+    controller.kill();
+    check(&Controller::start(&path, &LONG_LEASE));
+}
+
+#[test]
 fn what_is_refused_names_the_field_and_the_value() {
     let site = Site::with_web(&LONG_LEASE);
     let _b0 = site.backend(0);
@@ -406,6 +445,10 @@ fn what_is_refused_names_the_field_and_the_value() {
     assert_eq!(service("x", "203.0.113.2", 0, 64), (422, json!("port"), json!(0)));
     assert_eq!(service("x", "203.0.113.2", 80, 100), (422, json!("buckets"), json!(100)));
     assert_eq!(service("x", "203.0.113.2", 65536, 64).0, 400);
+    let other = json!({"name": "x", "vip": "203.0.113.2", "port": 80, "encapsulation": "vxlan"});
+    let (status, problem) = site.controller.http("POST", "/v1/services", Some(&other.to_string()), None);
+    let detail = problem["detail"].as_str().unwrap();
+    assert!(status == 400 && detail.contains("`vxlan`") && detail.contains("`gue` or `ipip`"), "{detail}");
     let backend =
         |path: &str, body: Value| refused("PUT", &format!("/v1/services/{path}"), &body.to_string());
     assert_eq!(

@@ -15,8 +15,10 @@ use daisy_controller::model::{Change, Health, State};
 use daisy_controller::store::{Embedded, StoreError};
 use daisy_shared::bucket::BackendId;
 use daisy_shared::chain::Generation;
+use daisy_shared::service::{Encapsulation, Service};
 use proptest::prelude::*;
 use rand::RngExt;
+use redb::ReadableTable as _;
 
 fn decide(state: &State, command: Command) -> Option<Change> {
     let context = Context { now_unix_ms: 5, heard: &|_| false };
@@ -83,6 +85,38 @@ fn a_second_opening_and_a_newer_schema_are_refused_in_one_line() {
     assert!(newer.contains("schema version 2, this program knows 1") && !newer.contains('\n'), "{newer}");
     std::fs::write(&path, "not a store").unwrap();
     assert!(!Embedded::open(&path).unwrap_err().to_string().contains('\n'));
+}
+
+/// A service as it was written before it could say how its packets travel.
+#[test]
+fn a_store_from_before_encapsulations_holds_gue_services() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("store");
+    let (store, _) = Embedded::open(&path).unwrap();
+    let mut state = State::default();
+    let service = Service { encapsulation: Encapsulation::Ipip, ..common::service(7, 16) };
+    let change = decide(&state, Command::AddService(service)).unwrap();
+    store.commit(&state, &change).unwrap();
+    state.apply(&change);
+    drop(store);
+    assert_eq!(read(&path), state);
+    {
+        let database = redb::Database::open(&path).unwrap();
+        let write = database.begin_write().unwrap();
+        let services: redb::TableDefinition<'_, u32, &[u8]> = redb::TableDefinition::new("services");
+        let mut table = write.open_table(services).unwrap();
+        let mut row: serde_json::Value =
+            serde_json::from_slice(table.get(1007).unwrap().unwrap().value()).unwrap();
+        let said = row["service"].as_object_mut().unwrap().remove("encapsulation");
+        assert_eq!(said, Some("ipip".into()));
+        table.insert(1007, &serde_json::to_vec(&row).unwrap()[..]).unwrap();
+        drop(table);
+        write.commit().unwrap();
+    }
+    let older = read(&path);
+    let found = &older.service("s7").unwrap().record.service;
+    assert_eq!(found, &common::service(7, 16));
+    assert_eq!(found.encapsulation, Encapsulation::Gue);
 }
 
 const BUCKETS: u32 = 4096;

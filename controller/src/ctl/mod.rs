@@ -81,7 +81,8 @@ struct Change {
 enum Service {
     /// Add a service.
     #[command(
-        after_help = "Example:\n  daisyctl service add web --vip 203.0.113.1 --port 80 --buckets 65536"
+        after_help = "Examples:\n  daisyctl service add web --vip 203.0.113.1 --port 80 --buckets 65536\n  \
+                      daisyctl service add bulk --vip 203.0.113.2 --port 873 --encapsulation ipip"
     )]
     Add {
         /// Its name.
@@ -98,6 +99,10 @@ enum Service {
         /// How many buckets its table has: a power of two.
         #[arg(long, default_value_t = daisy_shared::service::DEFAULT_BUCKETS)]
         buckets: u32,
+        /// How its packets travel while nothing moves: gue costs 32 bytes each and spreads flows over paths and
+        /// receive queues, ipip costs 20 and does not.
+        #[arg(long, default_value = "gue", value_parser = ["gue", "ipip"])]
+        encapsulation: String,
         #[command(flatten)]
         change: Change,
     },

@@ -47,9 +47,15 @@ fn changed(dry_run: bool) -> Shown {
 
 fn service(client: &Client, noun: &Service) -> anyhow::Result<(Value, Shown)> {
     Ok(match noun {
-        Service::Add { name, vip, port, protocol, buckets, change } => {
-            let body =
-                json!({"name": name, "vip": vip, "port": port, "protocol": protocol, "buckets": buckets});
+        Service::Add { name, vip, port, protocol, buckets, encapsulation, change } => {
+            let body = json!({
+                "name": name,
+                "vip": vip,
+                "port": port,
+                "protocol": protocol,
+                "buckets": buckets,
+                "encapsulation": encapsulation,
+            });
             let path = with("/v1/services".into(), &[("dry_run", change.dry_run)]);
             (client.call("POST", &path, Some(&body))?, changed(change.dry_run))
         }

@@ -39,8 +39,18 @@ pub(super) fn services(answer: Value) -> anyhow::Result<String> {
 }
 
 fn service_table(services: &[ServiceView]) -> String {
-    let columns =
-        ["name", "vip", ">port", "protocol", ">buckets", ">generation", ">open", ">deepest", ">backends"];
+    let columns = [
+        "name",
+        "vip",
+        ">port",
+        "protocol",
+        "encapsulation",
+        ">buckets",
+        ">generation",
+        ">open",
+        ">deepest",
+        ">backends",
+    ];
     table(
         &columns,
         services.iter().map(|s| {
@@ -49,6 +59,7 @@ fn service_table(services: &[ServiceView]) -> String {
                 s.vip,
                 s.port,
                 s.protocol,
+                s.encapsulation,
                 s.buckets,
                 s.generation,
                 s.open_windows,

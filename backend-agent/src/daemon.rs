@@ -80,7 +80,7 @@ pub fn run(config: Config, stop: &Stop) -> anyhow::Result<()> {
 
     let peers = Arc::new(Peers::new(datapath.clone()));
     let listener = peers.clone();
-    let next_hops = NextHops::start(&config.interface, move |address, next_hop| {
+    let next_hops = NextHops::start(std::slice::from_ref(&config.interface), move |address, next_hop| {
         listener.set_next_hop(address, next_hop);
     })
     .context("next-hop resolver")?;

@@ -82,13 +82,13 @@ impl Shared {
 }
 
 impl NextHops {
-    /// Starts to resolve through one interface. `on_change` is called, from the resolver's thread, whenever the
-    /// next hop of a wanted address appears, changes or (`None`) vanishes.
+    /// Starts to resolve through these interfaces and no others. `on_change` is called, from the resolver's thread,
+    /// whenever the next hop of a wanted address appears, changes or (`None`) vanishes.
     ///
     /// # Errors
     /// If the kernel gives no netlink sockets or no thread.
     pub fn start(
-        interface: &Interface,
+        interfaces: &[Interface],
         on_change: impl FnMut(Ipv4Addr, Option<NextHop>) + Send + 'static,
     ) -> io::Result<NextHops> {
         // Subscribed before anything is asked for: nothing can change unseen in between.
@@ -108,8 +108,7 @@ impl NextHops {
         let resolver = Resolver {
             requests: Connection::open(NETLINK_ROUTE)?,
             monitor,
-            interface: interface.clone(),
-            up: false,
+            links: interfaces.iter().map(|interface| Link { interface: interface.clone(), up: false }).collect(),
             neighbours: HashMap::new(),
             targets: BTreeMap::new(),
             on_change,
@@ -163,7 +162,17 @@ impl Drop for NextHops {
 /// How often wanted neighbours that are missing or stale are asked for.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 
-/// A neighbour on the interface, as the kernel has it.
+/// One of the interfaces.
+#[derive(Debug)]
+struct Link {
+    interface: Interface,
+    up: bool,
+}
+
+/// Who a packet goes to next: an interface's number, and a neighbour's address there.
+type Gateway = (u32, Ipv4Addr);
+
+/// A neighbour on an interface, as the kernel has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Neighbour {
     state: NeighbourState,
@@ -189,7 +198,7 @@ impl Neighbour {
 #[derive(Debug)]
 struct Target {
     /// The neighbour that it is reached through, or why there is none.
-    via: Result<Ipv4Addr, String>,
+    via: Result<Gateway, String>,
     /// What `on_change` was last told.
     published: Option<NextHop>,
     /// What the log was last told.
@@ -202,7 +211,7 @@ enum Change {
     Nothing,
     /// Neighbours, which have been taken over already.
     Neighbours,
-    /// Routes, or the interface itself.
+    /// Routes, or an interface itself.
     Routes,
     /// Notifications were lost: everything may have changed.
     Everything,
@@ -211,9 +220,8 @@ enum Change {
 struct Resolver<F> {
     requests: Connection<RouteNetlinkMessage>,
     monitor: Socket,
-    interface: Interface,
-    up: bool,
-    neighbours: HashMap<Ipv4Addr, Neighbour>,
+    links: Vec<Link>,
+    neighbours: HashMap<Gateway, Neighbour>,
     targets: BTreeMap<Ipv4Addr, Target>,
     on_change: F,
     shared: Arc<Shared>,
@@ -234,10 +242,10 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
             if change == Change::Everything
                 && let Err(error) = self.reload()
             {
-                warn!(interface = self.interface.name, %error, "cannot read neighbours from the kernel");
+                warn!(%error, "cannot read neighbours from the kernel");
             }
             if change >= Change::Routes {
-                self.look_at_link();
+                self.look_at_links();
                 self.look_up_all();
             }
             let fresh_wanted = fresh.is_some();
@@ -303,7 +311,7 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
             RouteNetlinkMessage::NewNeighbour(message) => self.notice_neighbour(&message, true),
             RouteNetlinkMessage::DelNeighbour(message) => self.notice_neighbour(&message, false),
             RouteNetlinkMessage::NewLink(link) | RouteNetlinkMessage::DelLink(link)
-                if link.header.index == self.interface.index =>
+                if self.link(link.header.index).is_some() =>
             {
                 Change::Routes
             }
@@ -315,14 +323,19 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
         }
     }
 
+    fn link(&self, index: u32) -> Option<&Link> {
+        self.links.iter().find(|link| link.interface.index == index)
+    }
+
     fn notice_neighbour(&mut self, message: &NeighbourMessage, exists: bool) -> Change {
-        let Some((address, neighbour)) = neighbour(message, self.interface.index) else {
+        let Some((gateway, neighbour)) = neighbour(message).filter(|((index, _), _)| self.link(*index).is_some())
+        else {
             return Change::Nothing;
         };
         if exists {
-            self.neighbours.insert(address, neighbour);
+            self.neighbours.insert(gateway, neighbour);
         } else {
-            self.neighbours.remove(&address);
+            self.neighbours.remove(&gateway);
         }
         Change::Neighbours
     }
@@ -332,35 +345,37 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
         let mut message = NeighbourMessage::default();
         message.header.family = AddressFamily::Inet;
         let replies = self.requests.dump(RouteNetlinkMessage::GetNeighbour(message))?;
-        let index = self.interface.index;
         self.neighbours = replies
             .iter()
             .filter_map(|reply| match reply {
-                RouteNetlinkMessage::NewNeighbour(message) => neighbour(message, index),
+                RouteNetlinkMessage::NewNeighbour(message) => neighbour(message),
                 _ => None,
             })
+            .filter(|((index, _), _)| self.link(*index).is_some())
             .collect();
         Ok(())
     }
 
-    /// Reads the interface's own state.
-    fn look_at_link(&mut self) {
-        let (up, mac) = match link(&mut self.requests, self.interface.index) {
-            Ok(link) => (link.header.flags.contains(LinkFlags::Running), link_mac(&link)),
-            Err(error) => {
-                debug!(interface = self.interface.name, %error, "no answer about the interface");
-                (false, None)
+    /// Reads the interfaces' own state.
+    fn look_at_links(&mut self) {
+        for Link { interface, up } in &mut self.links {
+            let (is_up, mac) = match link(&mut self.requests, interface.index) {
+                Ok(link) => (link.header.flags.contains(LinkFlags::Running), link_mac(&link)),
+                Err(error) => {
+                    debug!(interface = interface.name, %error, "no answer about the interface");
+                    (false, None)
+                }
+            };
+            if let Some(mac) = mac {
+                interface.mac = mac;
             }
-        };
-        if let Some(mac) = mac {
-            self.interface.mac = mac;
-        }
-        if up != self.up {
-            self.up = up;
-            if up {
-                info!(interface = self.interface.name, "the interface is up");
-            } else {
-                warn!(interface = self.interface.name, "the interface is down or gone");
+            if is_up != *up {
+                *up = is_up;
+                if is_up {
+                    info!(interface = interface.name, "the interface is up");
+                } else {
+                    warn!(interface = interface.name, "the interface is down or gone");
+                }
             }
         }
     }
@@ -391,9 +406,9 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
     }
 
     /// Asks the kernel for the route to an address: which neighbour it goes through, or why it cannot be used.
-    fn look_up(&mut self, address: Ipv4Addr) -> Result<Ipv4Addr, String> {
-        if !self.up {
-            return Err(format!("interface {} is down", self.interface.name));
+    fn look_up(&mut self, address: Ipv4Addr) -> Result<Gateway, String> {
+        if let [Link { interface, up: false }] = self.links.as_slice() {
+            return Err(format!("interface {} is down", interface.name));
         }
         let mut message = RouteMessage::default();
         message.header.address_family = AddressFamily::Inet;
@@ -408,15 +423,15 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
             _ => None,
         });
         let route = route.ok_or("no route: the kernel answers without one")?;
-        usable_gateway(&route, address, &self.interface)
+        usable_gateway(&route, address, &self.links)
     }
 
     /// The neighbours through which wanted addresses are reached.
-    fn gateways(&self) -> BTreeSet<Ipv4Addr> {
+    fn gateways(&self) -> BTreeSet<Gateway> {
         self.targets.values().filter_map(|target| target.via.as_ref().ok()).copied().collect()
     }
 
-    fn wants_asking(&self, gateway: Ipv4Addr) -> bool {
+    fn wants_asking(&self, gateway: Gateway) -> bool {
         self.neighbours.get(&gateway).is_none_or(Neighbour::wants_asking)
     }
 
@@ -426,18 +441,18 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
 
     /// Tells the kernel that neighbours which are missing, failed or stale are in use; it asks for them (ARP).
     fn ask(&mut self) {
-        for gateway in self.gateways() {
-            if !self.wants_asking(gateway) {
+        for (index, gateway) in self.gateways() {
+            if !self.wants_asking((index, gateway)) {
                 continue;
             }
             let mut message = NeighbourMessage::default();
             message.header.family = AddressFamily::Inet;
-            message.header.ifindex = self.interface.index;
+            message.header.ifindex = index;
             message.header.flags = NeighbourFlags::Use;
             message.attributes.push(NeighbourAttribute::Destination(NeighbourAddress::Inet(gateway)));
             let asked = self.requests.request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE);
             if let Err(error) = asked {
-                debug!(%gateway, interface = self.interface.name, %error, "cannot ask for the neighbour");
+                debug!(%gateway, interface = index, %error, "cannot ask for the neighbour");
             }
         }
     }
@@ -450,11 +465,16 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
                 Err(reason) => (None, Some(reason.clone())),
                 Ok(gateway) => match self.neighbours.get(gateway).map(|n| (n.usable(), n.state)) {
                     Some((Some(destination), _)) => {
-                        let (interface, source) = (self.interface.index, self.interface.mac);
-                        (Some(NextHop { interface, source, destination }), None)
+                        let link = self.links.iter().find(|link| link.interface.index == gateway.0);
+                        let next_hop = link.map(|Link { interface, .. }| NextHop {
+                            interface: interface.index,
+                            source: interface.mac,
+                            destination,
+                        });
+                        (next_hop, None)
                     }
                     Some((None, NeighbourState::Failed)) => {
-                        (None, Some(format!("neighbour {gateway} does not answer")))
+                        (None, Some(format!("neighbour {} does not answer", gateway.1)))
                     }
                     // Being asked for: not known yet. One that failed before stays complained of meanwhile.
                     _ => (None, target.complaint.clone()),
@@ -466,9 +486,9 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
             if target.complaint != complaint {
                 match &complaint {
                     Some(reason) => {
-                        warn!(%address, interface = self.interface.name, reason, "no next hop");
+                        warn!(%address, reason, "no next hop");
                     }
-                    None => info!(%address, interface = self.interface.name, "next hop found again"),
+                    None => info!(%address, "next hop found again"),
                 }
                 target.complaint = complaint;
             }
@@ -483,11 +503,11 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
     }
 }
 
-/// The neighbour in a message, if it is an IPv4 neighbour on this interface.
-fn neighbour(message: &NeighbourMessage, interface: u32) -> Option<(Ipv4Addr, Neighbour)> {
+/// The IPv4 neighbour in a message, if there is one.
+fn neighbour(message: &NeighbourMessage) -> Option<(Gateway, Neighbour)> {
     // Entries of the bridge's and the proxy's tables are no neighbours.
     let header = &message.header;
-    if header.ifindex != interface || header.flags.contains(NeighbourFlags::Proxy) {
+    if header.flags.contains(NeighbourFlags::Proxy) {
         return None;
     }
     let address = message.attributes.iter().find_map(|attribute| match attribute {
@@ -498,29 +518,20 @@ fn neighbour(message: &NeighbourMessage, interface: u32) -> Option<(Ipv4Addr, Ne
         NeighbourAttribute::LinkLayerAddress(bytes) => bytes.as_slice().try_into().ok().map(Mac),
         _ => None,
     });
-    Some((address, Neighbour { state: header.state, mac }))
+    Some(((header.ifindex, address), Neighbour { state: header.state, mac }))
 }
 
 /// The neighbour that a route to `address` goes through, or why the route cannot be used.
-fn usable_gateway(
-    route: &RouteMessage,
-    address: Ipv4Addr,
-    interface: &Interface,
-) -> Result<Ipv4Addr, String> {
+fn usable_gateway(route: &RouteMessage, address: Ipv4Addr, links: &[Link]) -> Result<Gateway, String> {
     match route.header.kind {
         RouteType::Unicast => {}
         RouteType::Local => return Err("this is one of the node's own addresses".into()),
         kind => return Err(format!("its route is of type {kind:?}, not unicast")),
     }
-    let mut gateway = address;
+    let (mut gateway, mut out) = (address, None);
     for attribute in &route.attributes {
         match attribute {
-            RouteAttribute::Oif(index) if *index != interface.index => {
-                return Err(format!(
-                    "its route leaves through interface number {index}, not through {} (number {})",
-                    interface.name, interface.index
-                ));
-            }
+            RouteAttribute::Oif(index) => out = Some(*index),
             RouteAttribute::Gateway(RouteAddress::Inet(address)) => gateway = *address,
             RouteAttribute::Gateway(_) | RouteAttribute::Via(_) => {
                 return Err("its route goes through a gateway that is not IPv4".into());
@@ -528,5 +539,16 @@ fn usable_gateway(
             _ => {}
         }
     }
-    Ok(gateway)
+    let index = out.ok_or("its route names no interface")?;
+    match links.iter().find(|link| link.interface.index == index) {
+        Some(Link { up: true, .. }) => Ok((index, gateway)),
+        Some(Link { interface, .. }) => Err(format!("interface {} is down", interface.name)),
+        None => {
+            let ours: Vec<_> = links
+                .iter()
+                .map(|link| format!("{} (number {})", link.interface.name, link.interface.index))
+                .collect();
+            Err(format!("its route leaves through interface number {index}, not through {}", ours.join(" or ")))
+        }
+    }
 }

@@ -53,7 +53,7 @@ fn next_hops_follow_the_kernel() {
     let (sender, changes) = channel();
     let interface = here.clone();
     let next_hops = node.run(move || {
-        NextHops::start(&interface, move |address, next_hop| {
+        NextHops::start(std::slice::from_ref(&interface), move |address, next_hop| {
             let _test_is_over = sender.send((address, next_hop));
         })
         .unwrap()

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use arrayvec::ArrayVec;
 use daisy_mux::pipeline::{self, BURST, CLOSED_LEN, OPEN_LEN, Slot, Verdict};
-use daisy_mux::table::{Link, Tables};
+use daisy_mux::table::{Link, NextHop, Tables, Underlay};
 use daisy_shared::bucket::{BackendId, Entry, Piece};
 use daisy_shared::chain::Generation;
 use daisy_shared::checksum;
@@ -27,11 +27,11 @@ const LEN: usize = 54;
 const ROUNDS: usize = 10;
 const PARTS: usize = 64;
 const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
-const LINK: Link =
-    Link { mac: [2, 0, 0, 0, 0, 1], address: Ipv4Addr::new(10, 0, 0, 1), mtu: 1500, gue_port: gue::PORT };
+const UNDERLAY: Underlay = Underlay { address: Ipv4Addr::new(10, 0, 0, 1), gue_port: gue::PORT };
+const LINK: Link = Link { mac: [2, 0, 0, 0, 0, 1], mtu: 1500 };
 
 fn tables(buckets: u32, open: bool) -> Tables {
-    let mut tables = Tables::new(LINK);
+    let mut tables = Tables::new(UNDERLAY, [LINK]);
     let address = |id: u32| Ipv4Addr::from_bits(0x0a01_0000 + id);
     let backends = (0..BACKENDS)
         .map(|id| DirectoryEntry {
@@ -43,7 +43,7 @@ fn tables(buckets: u32, open: bool) -> Tables {
         .collect();
     tables.set_directory(&Directory { version: 1, backends, muxes: Vec::new() });
     for id in 0..BACKENDS {
-        tables.set_next_hop(address(id), Some([2, 0, 0, 1, 0, id as u8]));
+        tables.set_next_hop(address(id), Some(NextHop { egress: 0, mac: [2, 0, 0, 1, 0, id as u8] }));
     }
     let service = Service {
         id: ServiceId(1),
@@ -109,7 +109,7 @@ fn pipeline_ns(arena: &mut [u8], tables: &Tables) -> f64 {
             for (slot, saved) in burst.iter().zip(&mut ethernet) {
                 saved.copy_from_slice(&slot.frame()[..14]);
             }
-            pipeline::decide(&shared.load(), &mut burst);
+            pipeline::decide(&shared.load(), 0, &mut burst);
             assert!(burst.iter().all(|slot| matches!(slot.verdict, Verdict::Send { .. })));
             drop(burst);
             // The outer headers end where the Ethernet header was.

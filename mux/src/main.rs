@@ -17,7 +17,7 @@ use daisy_mux::metrics::{Counters, Published};
 use daisy_mux::neighbours::Neighbours;
 use daisy_mux::state::State;
 use daisy_mux::sync::Mux;
-use daisy_mux::table::{Link, Snapshot, Tables};
+use daisy_mux::table::{Link, Snapshot, Tables, Underlay};
 use daisy_node::interface::Interface;
 use daisy_node::log::{self, die};
 use daisy_node::stop::Stop;
@@ -138,13 +138,9 @@ fn start(args: Args) -> anyhow::Result<Running> {
     // Now, and not when there is first something to keep.
     let place = || format!("state directory {}", args.state_dir.display());
     std::fs::create_dir_all(&args.state_dir).with_context(place)?;
-    let link = Link {
-        mac: interface.mac.0,
-        address: interface.address,
-        mtu: interface.mtu.try_into().unwrap_or(u16::MAX),
-        gue_port: args.gue_port,
-    };
-    let tables = Tables::new(link);
+    let underlay = Underlay { address: interface.address, gue_port: args.gue_port };
+    let link = Link { mac: interface.mac.0, mtu: interface.mtu.try_into().unwrap_or(u16::MAX) };
+    let tables = Tables::new(underlay, [link]);
     let stop = Stop::on_signals().context("signal handlers")?;
     let mut threads = Threads {
         snapshot: tables.shared(),
@@ -168,7 +164,7 @@ fn start(args: Args) -> anyhow::Result<Running> {
         }
     };
     let state = Arc::new(State::new(tables, filter));
-    let neighbours = Neighbours::start(&interface, Arc::clone(&state))
+    let neighbours = Neighbours::start(std::slice::from_ref(&interface), Arc::clone(&state))
         .with_context(|| format!("interface {}: following its neighbours", args.interface))?;
     let mux = Mux::new(Arc::clone(&state), neighbours, threads.published.clone());
     let mut sync = Sync::new(config, mux).with_context(place)?;

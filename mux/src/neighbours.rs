@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use daisy_node::interface::{Interface, Mac};
-use daisy_node::next_hops::{NextHop, NextHops};
+use daisy_node::next_hops::{self, NextHops};
 
 use crate::state::State;
-use crate::table::Link;
+use crate::table::NextHop;
 
 /// How long a new directory may wait for the next hops of its backends, so that their first packets are not lost.
 /// A neighbour that is there answers within a millisecond; one that is not must not hold up the rest.
@@ -24,20 +24,23 @@ pub struct Neighbours {
 }
 
 impl Neighbours {
-    /// Starts to follow, in the network namespace of the calling thread.
+    /// Starts to follow, behind these interfaces, in the network namespace of the calling thread.
     ///
     /// # Errors
     /// If the kernel gives no netlink sockets or no thread.
-    pub fn start(interface: &Interface, state: Arc<State>) -> io::Result<Neighbours> {
-        let on_change = move |backend, next_hop: Option<NextHop>| {
+    pub fn start(interfaces: &[Interface], state: Arc<State>) -> io::Result<Neighbours> {
+        let indices: Vec<u32> = interfaces.iter().map(|interface| interface.index).collect();
+        let on_change = move |backend, next_hop: Option<next_hops::NextHop>| {
             let mut control = state.lock();
-            if let Some(NextHop { source: Mac(mac), .. }) = next_hop {
-                let link = Link { mac, ..*control.tables.link() };
-                control.set_link(link);
-            }
-            control.tables.set_next_hop(backend, next_hop.map(|hop| hop.destination.0));
+            let next_hop = next_hop.and_then(|hop| {
+                let egress = indices.iter().position(|index| *index == hop.interface)?.try_into().ok()?;
+                let Mac(mac) = hop.source;
+                control.set_mac(egress, mac);
+                Some(NextHop { egress, mac: hop.destination.0 })
+            });
+            control.tables.set_next_hop(backend, next_hop);
         };
-        Ok(Neighbours { next_hops: NextHops::start(interface, on_change)?, wanted: BTreeSet::new() })
+        Ok(Neighbours { next_hops: NextHops::start(interfaces, on_change)?, wanted: BTreeSet::new() })
     }
 
     /// Follows these backends and no others. Where some are new, waits for their next hops, for a short time.

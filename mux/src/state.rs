@@ -8,7 +8,7 @@ use daisy_shared::service::{Service, ServiceId};
 use tracing::error;
 
 use crate::io::filter::Filter;
-use crate::table::{Link, Tables};
+use crate::table::Tables;
 
 /// What the control threads change. I/O threads see it through the tables' snapshots only.
 #[derive(Debug)]
@@ -38,10 +38,10 @@ impl State {
 }
 
 impl Control {
-    /// The interface has changed.
-    pub fn set_link(&mut self, link: Link) {
-        if *self.tables.link() != link {
-            self.tables.set_link(link);
+    /// An interface has this Ethernet address.
+    pub fn set_mac(&mut self, interface: u8, mac: [u8; 6]) {
+        if self.tables.links()[usize::from(interface)].mac != mac {
+            self.tables.set_mac(interface, mac);
             self.show_filter();
         }
     }
@@ -61,7 +61,7 @@ impl Control {
     pub fn remove(&mut self, service: ServiceId) {
         if let Some(filter) = &mut self.filter {
             let rest = self.tables.services().map(|(service, _)| service).filter(|s| s.id != service);
-            report(filter.follow(self.tables.link().mac, rest));
+            report(filter.follow(self.tables.links()[0].mac, rest));
         }
         self.tables.remove(service);
     }
@@ -69,7 +69,7 @@ impl Control {
     fn show_filter(&mut self) {
         if let Some(filter) = &mut self.filter {
             let services = self.tables.services().map(|(service, _)| service);
-            report(filter.follow(self.tables.link().mac, services));
+            report(filter.follow(self.tables.links()[0].mac, services));
         }
     }
 }

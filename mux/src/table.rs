@@ -19,23 +19,39 @@ use daisy_shared::chain::Generation;
 use daisy_shared::checksum;
 use daisy_shared::control::Directory;
 use daisy_shared::flow::{FlowV4, HashKey};
-use daisy_shared::service::{Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Service, ServiceId};
 use daisy_shared::wire::{fast, gue, outer};
+
+use crate::io::words::Words;
 
 /// Length in bytes of all headers before the inner IP packet in a closed window.
 pub const CLOSED_LEN: usize = fast::ETHERNET_LEN + outer::LEN + gue::BASE_LEN;
 
-/// What the pipeline needs to know of the interface.
+/// How the mux appears on the underlay, whichever interface a packet leaves by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Link {
-    /// The mux's Ethernet address: where packets for services come to, and the source of what it sends.
-    pub mac: [u8; 6],
-    /// The mux's underlay address.
+pub struct Underlay {
+    /// The mux's address, by which agents know it.
     pub address: Ipv4Addr,
-    /// The longest IP packet in bytes that the link carries.
-    pub mtu: u16,
     /// The UDP port on which agents take encapsulated packets.
     pub gue_port: u16,
+}
+
+/// What the pipeline needs to know of an interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// The mux's Ethernet address there: where packets for services come to, and the source of what it sends.
+    pub mac: [u8; 6],
+    /// The longest IP packet in bytes that the link carries.
+    pub mtu: u16,
+}
+
+/// Where packets for a backend go next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NextHop {
+    /// The number of the interface that they leave by.
+    pub egress: u8,
+    /// The Ethernet address that they go to.
+    pub mac: [u8; 6],
 }
 
 /// Whether packets can be sent to a backend.
@@ -53,47 +69,74 @@ pub enum Reach {
 #[derive(Clone, Debug)]
 #[repr(align(64))]
 pub struct Template {
-    /// Ethernet, IPv4, UDP and GUE of a closed window. TOS, lengths, IPv4 checksum and UDP source port are 0.
+    /// Ethernet and IPv4, then UDP and GUE without a walk, or with IPIP nothing. TOS, lengths, IPv4 checksum and UDP
+    /// source port are 0.
     pub headers: [u8; CLOSED_LEN],
     /// Whether it may be used.
     pub reach: Reach,
+    /// The number of the interface that it leaves by.
+    pub egress: u8,
+    /// The longest IP packet in bytes that this interface carries.
+    pub mtu: u16,
     /// The backend's underlay address.
     pub address: Ipv4Addr,
     /// The sum of the IPv4 header's 16-bit words, as it stands in `headers`.
     ip_sum: u32,
 }
+const _: () = assert!(size_of::<Template>() == 64);
 
 impl Template {
     const UNKNOWN: Template = Template {
         headers: [0; CLOSED_LEN],
         reach: Reach::Unknown,
+        egress: 0,
+        mtu: 0,
         address: Ipv4Addr::UNSPECIFIED,
         ip_sum: 0,
     };
 
-    fn new(link: &Link, address: Ipv4Addr, next_hop: Option<[u8; 6]>) -> Template {
+    fn new(
+        encapsulation: Encapsulation,
+        underlay: &Underlay,
+        links: &[Link],
+        address: Ipv4Addr,
+        next_hop: Option<NextHop>,
+    ) -> Template {
+        let (source, destination) = (underlay.address, address);
         let mut headers = [0; CLOSED_LEN];
         let (ethernet, rest) = headers.split_at_mut(fast::ETHERNET_LEN);
-        ethernet[0..6].copy_from_slice(&next_hop.unwrap_or_default());
+        match encapsulation {
+            Encapsulation::Gue => {
+                let (ip_udp, gue_base) = rest.split_at_mut(outer::LEN);
+                let outer = outer::Outer {
+                    source,
+                    destination,
+                    source_port: 0,
+                    destination_port: underlay.gue_port,
+                    tos: 0,
+                    payload_len: 0,
+                };
+                ip_udp.copy_from_slice(&outer.to_bytes());
+                ip_udp[24..26].fill(0);
+                gue::Header { protocol: gue::PROTO_IPV4, walk: None }.emit(gue_base);
+            }
+            Encapsulation::Ipip => {
+                let outer = outer::Ipip { source, destination, tos: 0, payload_len: 0 };
+                rest[..outer::IPIP_LEN].copy_from_slice(&outer.to_bytes());
+            }
+        }
+        rest[2..4].fill(0);
+        rest[10..12].fill(0);
+        let ip_sum = checksum::add(0, &rest[..20]);
+        // A next hop behind an interface that is not the mux's is none.
+        let next_hop = next_hop.and_then(|hop| Some((hop, links.get(usize::from(hop.egress))?)));
+        let Some((NextHop { egress, mac }, link)) = next_hop else {
+            return Template { headers, reach: Reach::NoNextHop, egress: 0, mtu: 0, address, ip_sum };
+        };
+        ethernet[0..6].copy_from_slice(&mac);
         ethernet[6..12].copy_from_slice(&link.mac);
         ethernet[12..14].copy_from_slice(&fast::ETHERTYPE_IPV4.to_be_bytes());
-        let (ip_udp, gue_base) = rest.split_at_mut(outer::LEN);
-        let outer = outer::Outer {
-            source: link.address,
-            destination: address,
-            source_port: 0,
-            destination_port: link.gue_port,
-            tos: 0,
-            payload_len: 0,
-        };
-        ip_udp.copy_from_slice(&outer.to_bytes());
-        ip_udp[2..4].fill(0);
-        ip_udp[10..12].fill(0);
-        ip_udp[24..26].fill(0);
-        let ip_sum = checksum::add(0, &ip_udp[..20]);
-        gue::Header { protocol: gue::PROTO_IPV4, walk: None }.emit(gue_base);
-        let reach = if next_hop.is_some() { Reach::Resolved } else { Reach::NoNextHop };
-        Template { headers, reach, address, ip_sum }
+        Template { headers, reach: Reach::Resolved, egress, mtu: link.mtu, address, ip_sum }
     }
 
     /// The checksum of the IPv4 header once it carries this type of service and total length.
@@ -108,20 +151,22 @@ impl Template {
 pub struct ServiceTable {
     /// The key of its flow hash.
     pub hash_key: HashKey,
+    /// How its packets travel in closed windows.
+    pub encapsulation: Encapsulation,
     /// Its buckets.
-    pub table: Arc<BucketTable>,
+    pub table: Arc<BucketTable<Words>>,
 }
 
 /// All that a burst reads.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// The interface.
-    pub link: Link,
+    /// The mux's interfaces, by number.
+    pub links: Box<[Link]>,
     services: Box<[ServiceTable]>,
     index: ServiceIndex,
     vips: Box<[Ipv4Addr]>,
-    /// By backend number.
-    templates: Box<[Template]>,
+    /// By [`Encapsulation`], and by backend number.
+    templates: [Box<[Template]>; 2],
 }
 
 impl Snapshot {
@@ -147,8 +192,8 @@ impl Snapshot {
 
     /// The template of a backend. There may be one with [`Reach::Unknown`] for a number that nobody has.
     #[inline]
-    pub fn template(&self, backend: BackendId) -> Option<&Template> {
-        self.templates.get(usize::from(backend.0))
+    pub fn template(&self, encapsulation: Encapsulation, backend: BackendId) -> Option<&Template> {
+        self.templates[encapsulation as usize].get(usize::from(backend.0))
     }
 }
 
@@ -200,7 +245,7 @@ impl ServiceIndex {
 }
 
 /// Why a table was not applied.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
     /// The mux carries IPv4.
     #[error("service {name}: its address {vip} is not IPv4, which is all this mux carries")]
@@ -226,6 +271,14 @@ pub enum ApplyError {
         /// The bucket count in the piece.
         piece_buckets: u32,
     },
+    /// There is no memory for the table.
+    #[error("service {name}: memory for its table: {error}")]
+    Memory {
+        /// The service.
+        name: String,
+        /// What the kernel answered.
+        error: std::io::Error,
+    },
     /// A delta that does not start where the table is.
     #[error("service {name}: a delta from generation {from} does not fit a table of generation {}", found(.have))]
     Gap {
@@ -247,33 +300,36 @@ struct Known {
     service: Service,
     vip: Ipv4Addr,
     generation: Generation,
-    table: Arc<BucketTable>,
+    table: Arc<BucketTable<Words>>,
 }
 
 /// The writer's side: one for each mux, used by its control threads only.
 #[derive(Debug)]
 pub struct Tables {
     shared: Arc<ArcSwap<Snapshot>>,
-    link: Link,
+    underlay: Underlay,
+    links: Box<[Link]>,
     services: BTreeMap<ServiceId, Known>,
     backends: BTreeMap<BackendId, Ipv4Addr>,
-    next_hops: BTreeMap<Ipv4Addr, [u8; 6]>,
+    next_hops: BTreeMap<Ipv4Addr, NextHop>,
     swaps: u64,
 }
 
 impl Tables {
-    /// No services yet.
-    pub fn new(link: Link) -> Tables {
+    /// No services yet, on these interfaces.
+    pub fn new(underlay: Underlay, links: impl Into<Box<[Link]>>) -> Tables {
+        let links = links.into();
         let empty = Snapshot {
-            link,
+            links: links.clone(),
             services: Box::default(),
             index: ServiceIndex::new([].into_iter()),
             vips: Box::default(),
-            templates: Box::default(),
+            templates: Default::default(),
         };
         Tables {
             shared: Arc::new(ArcSwap::from_pointee(empty)),
-            link,
+            underlay,
+            links,
             services: BTreeMap::new(),
             backends: BTreeMap::new(),
             next_hops: BTreeMap::new(),
@@ -286,9 +342,9 @@ impl Tables {
         Arc::clone(&self.shared)
     }
 
-    /// The interface.
-    pub fn link(&self) -> &Link {
-        &self.link
+    /// The mux's interfaces, by number.
+    pub fn links(&self) -> &[Link] {
+        &self.links
     }
 
     /// How often a table has changed.
@@ -306,10 +362,14 @@ impl Tables {
         self.backends.values().copied().collect()
     }
 
-    /// The interface has changed.
-    pub fn set_link(&mut self, link: Link) {
-        if self.link != link {
-            self.link = link;
+    /// An interface has another Ethernet address now.
+    ///
+    /// # Panics
+    /// If there is no interface of this number.
+    pub fn set_mac(&mut self, interface: u8, mac: [u8; 6]) {
+        let link = &mut self.links[usize::from(interface)];
+        if link.mac != mac {
+            link.mac = mac;
             self.publish();
         }
     }
@@ -344,10 +404,10 @@ impl Tables {
         }
     }
 
-    /// The Ethernet address of the next hop towards a backend has become known, has changed, or (`None`) is gone.
-    pub fn set_next_hop(&mut self, backend: Ipv4Addr, next_hop: Option<[u8; 6]>) {
+    /// The next hop towards a backend has become known, has changed, or (`None`) is gone.
+    pub fn set_next_hop(&mut self, backend: Ipv4Addr, next_hop: Option<NextHop>) {
         let before = match next_hop {
-            Some(mac) => self.next_hops.insert(backend, mac),
+            Some(next_hop) => self.next_hops.insert(backend, next_hop),
             None => self.next_hops.remove(&backend),
         };
         if before != next_hop {
@@ -394,7 +454,10 @@ impl Tables {
             _ => {
                 let table = match known {
                     Some(known) if piece.from.is_some() => Arc::clone(&known.table),
-                    _ => Arc::new(BucketTable::new(piece.buckets)),
+                    _ => {
+                        let memory = |error| ApplyError::Memory { name: name(), error };
+                        Arc::new(BucketTable::in_words(Words::new(piece.buckets).map_err(memory)?))
+                    }
                 };
                 table.apply(&piece.entries);
                 let known = Known { service: service.clone(), vip, generation: piece.generation, table };
@@ -452,24 +515,29 @@ impl Tables {
             .map(|known| service_key(known.vip, known.service.protocol.number(), known.service.port));
         let vips: BTreeSet<_> = self.services.values().map(|known| known.vip).collect();
         let len = self.backends.last_key_value().map_or(0, |(id, _)| usize::from(id.0) + 1);
-        let mut templates = vec![Template::UNKNOWN; len];
-        for (id, address) in &self.backends {
-            let next_hop = self.next_hops.get(address).copied();
-            templates[usize::from(id.0)] = Template::new(&self.link, *address, next_hop);
-        }
+        let templates = [Encapsulation::Gue, Encapsulation::Ipip].map(|encapsulation| {
+            let mut templates = vec![Template::UNKNOWN; len];
+            for (id, address) in &self.backends {
+                let next_hop = self.next_hops.get(address).copied();
+                templates[usize::from(id.0)] =
+                    Template::new(encapsulation, &self.underlay, &self.links, *address, next_hop);
+            }
+            templates.into_boxed_slice()
+        });
         let snapshot = Snapshot {
-            link: self.link,
+            links: self.links.clone(),
             services: self
                 .services
                 .values()
                 .map(|known| ServiceTable {
                     hash_key: known.service.hash_key,
+                    encapsulation: known.service.encapsulation,
                     table: Arc::clone(&known.table),
                 })
                 .collect(),
             index: ServiceIndex::new(keys),
             vips: vips.into_iter().collect(),
-            templates: templates.into(),
+            templates,
         };
         let old = self.shared.swap(Arc::new(snapshot));
         // `swap` has turned each thread's hold on the old snapshot into a counted one.

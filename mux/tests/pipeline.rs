@@ -97,7 +97,7 @@ fn fixture_rows() {
     options.options = etherparse::Ipv4Options::try_from(&[1u8, 1, 1, 0][..]).unwrap();
     let options = ipv4(options, &plain[34..]);
 
-    let send = |backend, walk| Verdict::Send { backend: BackendId(backend), walk };
+    let send = |backend, walk| Verdict::Send { backend: BackendId(backend), egress: 0, walk };
     let drop = Verdict::Drop;
     let wrapped =
         |backend, tos, gue: &[u8], frame: &[u8]| encapsulated(backend, port, tos, gue, &frame[14..]);
@@ -146,7 +146,7 @@ fn headers_need_their_room_and_no_more() {
         for room in 0..=HEADROOM {
             let mut buffer = [&vec![0; room][..], &frame].concat();
             let mut slot = Slot::new(&mut buffer, room, frame.len());
-            pipeline::decide(&tables.shared().load(), std::slice::from_mut(&mut slot));
+            pipeline::decide(&tables.shared().load(), 0, std::slice::from_mut(&mut slot));
             if room + 14 >= len {
                 assert!(matches!(slot.verdict, Verdict::Send { .. }), "{room}");
                 assert_eq!(slot.start(), room + 14 - len);
@@ -166,7 +166,7 @@ fn a_verdict_from_outside_stands() {
     let mut burst: Vec<_> = buffers.iter_mut().map(|buffer| Slot::new(buffer, 64, frame.len())).collect();
     burst[0].verdict = Verdict::Pass;
     burst[2].verdict = Verdict::Drop(DropReason::TooBig);
-    pipeline::decide(&tables.shared().load(), &mut burst);
+    pipeline::decide(&tables.shared().load(), 0, &mut burst);
     let mut counters = Counters::default();
     counters.count(&burst);
     assert_eq!((counters.passed, counters.sent, counters.dropped_for(DropReason::TooBig)), (1, 1, 1));
@@ -218,7 +218,7 @@ proptest! {
                 dropped += 1;
                 continue;
             };
-            prop_assert_eq!(*verdict, Verdict::Send { backend: BackendId(*head), walk: chain.len() > 1 });
+            prop_assert_eq!(*verdict, Verdict::Send { backend: BackendId(*head), egress: 0, walk: chain.len() > 1 });
             let out = decapsulate(sent.next().unwrap());
             prop_assert_eq!(out.ethernet.destination, mac(*head));
             prop_assert_eq!(out.ethernet.source, MUX_MAC);
@@ -329,7 +329,7 @@ fn tables_change_under_a_running_pipeline() {
             let (last, last_previous) = chain_of(generation - 1);
             tables.set_directory(&directory(generation.into(), [head, previous, last, last_previous]));
             for backend in [head, previous] {
-                tables.set_next_hop(address(backend), Some(mac(backend)));
+                tables.set_next_hop(address(backend), Some(next_hop(backend)));
             }
             let entries = (0..BUCKETS).map(|bucket| entry(bucket, generation, &[head, previous])).collect();
             if generation % 50 == 0 {
@@ -420,7 +420,7 @@ fn many_services_are_told_apart() {
     for i in 0..200u16 {
         let vip = Ipv4Addr::new(203, 0, 113, (i / 4) as u8);
         let (verdict, _) = through(&tables, &tcp(1, vip, 8000 + i % 4, b""));
-        assert_eq!(verdict, Verdict::Send { backend: BackendId(i + 1), walk: false });
+        assert_eq!(verdict, Verdict::Send { backend: BackendId(i + 1), egress: 0, walk: false });
         assert_eq!(through(&tables, &tcp(1, vip, 8004, b"")).0, Verdict::Pass);
     }
 }

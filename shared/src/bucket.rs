@@ -1,7 +1,7 @@
 //! Buckets: the word that a mux reads for each packet, the table of them, and the pieces in which tables travel.
 
 use core::fmt;
-use core::ops::Range;
+use core::ops::{Deref, Range};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
@@ -74,9 +74,12 @@ impl From<&Entry> for BucketWord {
 
 /// A mux's table. Words are read and written one at a time, each whole, while packets flow: no order among
 /// buckets is promised, and the chain protocol needs none.
+///
+/// The words lie in memory of the caller's choosing: a mux has them where huge pages are, or where an eBPF program
+/// reads them.
 #[derive(Debug)]
-pub struct BucketTable {
-    words: Box<[AtomicU64]>,
+pub struct BucketTable<W = Box<[AtomicU64]>> {
+    words: W,
 }
 
 impl BucketTable {
@@ -85,8 +88,26 @@ impl BucketTable {
     /// # Panics
     /// If `buckets` is not a bucket count, see [`is_bucket_count`].
     pub fn new(buckets: u32) -> BucketTable {
-        assert!(is_bucket_count(buckets), "{buckets} buckets");
-        BucketTable { words: (0..buckets).map(|_| AtomicU64::new(BucketWord::EMPTY.0)).collect() }
+        BucketTable::in_words((0..buckets).map(|_| AtomicU64::new(0)).collect())
+    }
+}
+
+impl<W: Deref<Target = [AtomicU64]>> BucketTable<W> {
+    /// A table of which nothing is known yet, in these words, whatever they hold.
+    ///
+    /// # Panics
+    /// If the number of words is not a bucket count, see [`is_bucket_count`].
+    pub fn in_words(words: W) -> BucketTable<W> {
+        assert!(u32::try_from(words.len()).is_ok_and(is_bucket_count), "{} buckets", words.len());
+        for word in words.iter() {
+            word.store(BucketWord::EMPTY.0, Ordering::Relaxed);
+        }
+        BucketTable { words }
+    }
+
+    /// The memory that the words lie in.
+    pub fn words(&self) -> &W {
+        &self.words
     }
 
     /// How many buckets the table has.

@@ -247,7 +247,7 @@ impl PacketIo for AfPacket {
             }
             burst.push(slot);
         }
-        worker.decide(&mut burst);
+        worker.decide(0, &mut burst);
         self.send(&mut burst);
         worker.settle(&burst);
         Ok(burst.len())

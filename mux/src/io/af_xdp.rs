@@ -538,7 +538,7 @@ impl PacketIo for AfXdp {
             let offset = (packet.addr % FRAME_LEN as u64) as usize;
             burst.push(Slot::new(buffer, offset, packet.len as usize));
         }
-        worker.decide(&mut burst);
+        worker.decide(0, &mut burst);
         for (slot, packet) in burst.iter_mut().zip(&packets) {
             let frame = frame_of(packet);
             if slot.verdict == Verdict::Pass {

@@ -45,7 +45,7 @@ impl Memory {
                 Slot::new(buffer, FRAME_START, len)
             })
             .collect();
-        worker.decide(&mut slots);
+        worker.decide(0, &mut slots);
         slots.iter().try_for_each(&mut done)?;
         worker.settle(&slots);
         Ok(slots.len())

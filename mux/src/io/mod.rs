@@ -17,6 +17,7 @@ pub mod filter;
 pub mod memory;
 pub mod pcap;
 mod sys;
+pub mod words;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,7 +70,10 @@ pub enum IoError {
     },
 }
 
-/// One way to move packets, for one thread.
+/// One way to move packets, for one thread: a port on each of the mux's interfaces, to receive and to send.
+///
+/// Interfaces are numbered as they were given. A packet leaves by the port on the interface that its verdict names,
+/// whichever it came in by.
 pub trait PacketIo {
     /// Takes one burst through `worker`, waiting for it for at most `wait`. Returns how many packets it had.
     ///
@@ -98,10 +102,10 @@ impl Worker {
         Worker { snapshot, counters: Counters::default(), published }
     }
 
-    /// Gives every frame of a burst a verdict, see [`pipeline::decide`].
+    /// Gives every frame of a burst from interface number `ingress` a verdict, see [`pipeline::decide`].
     #[inline]
-    pub fn decide(&self, burst: &mut [Slot<'_>]) {
-        pipeline::decide(&self.snapshot.load(), burst);
+    pub fn decide(&self, ingress: u8, burst: &mut [Slot<'_>]) {
+        pipeline::decide(&self.snapshot.load(), ingress, burst);
     }
 
     /// Counts a burst whose verdicts have been carried out.

@@ -5,7 +5,7 @@
 use std::net::Ipv4Addr;
 
 use daisy_mux::io::Worker;
-use daisy_mux::table::{Link, Tables};
+use daisy_mux::table::{Link, NextHop, Tables, Underlay};
 use daisy_shared::bucket::{BackendId, Entry, Piece};
 use daisy_shared::chain::Generation;
 use daisy_shared::control::{Directory, DirectoryEntry};
@@ -23,7 +23,8 @@ pub const MUX: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
 pub const VIP: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 1);
 pub const CLIENT: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
 pub const BUCKETS: u32 = 16;
-pub const LINK: Link = Link { mac: MUX_MAC, address: MUX, mtu: 1500, gue_port: gue::PORT };
+pub const UNDERLAY: Underlay = Underlay { address: MUX, gue_port: gue::PORT };
+pub const LINK: Link = Link { mac: MUX_MAC, mtu: 1500 };
 
 /// The underlay address of a backend.
 pub fn address(backend: u16) -> Ipv4Addr {
@@ -35,6 +36,11 @@ pub fn address(backend: u16) -> Ipv4Addr {
 pub fn mac(backend: u16) -> [u8; 6] {
     let [high, low] = backend.to_be_bytes();
     [2, 2, 0, 0, high, low]
+}
+
+/// The next hop towards a backend, behind the only interface.
+pub fn next_hop(backend: u16) -> NextHop {
+    NextHop { egress: 0, mac: mac(backend) }
 }
 
 /// The service that most tests use.
@@ -92,10 +98,10 @@ pub fn delta(service: &Service, from: u32, generation: u32, entries: Vec<Entry>)
 
 /// The service with backends 1 to `backends`, all reachable, and this chain in every bucket.
 pub fn tables(backends: u16, chain: &[u16]) -> Tables {
-    let mut tables = Tables::new(LINK);
+    let mut tables = Tables::new(UNDERLAY, [LINK]);
     tables.set_directory(&directory(1, 1..=backends));
     for backend in 1..=backends {
-        tables.set_next_hop(address(backend), Some(mac(backend)));
+        tables.set_next_hop(address(backend), Some(next_hop(backend)));
     }
     tables.apply(&service(), &snapshot(&service(), 5, chain)).unwrap();
     tables

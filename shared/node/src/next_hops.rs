@@ -108,7 +108,10 @@ impl NextHops {
         let resolver = Resolver {
             requests: Connection::open(NETLINK_ROUTE)?,
             monitor,
-            links: interfaces.iter().map(|interface| Link { interface: interface.clone(), up: false }).collect(),
+            links: interfaces
+                .iter()
+                .map(|interface| Link { interface: interface.clone(), up: false })
+                .collect(),
             neighbours: HashMap::new(),
             targets: BTreeMap::new(),
             on_change,
@@ -328,7 +331,8 @@ impl<F: FnMut(Ipv4Addr, Option<NextHop>)> Resolver<F> {
     }
 
     fn notice_neighbour(&mut self, message: &NeighbourMessage, exists: bool) -> Change {
-        let Some((gateway, neighbour)) = neighbour(message).filter(|((index, _), _)| self.link(*index).is_some())
+        let Some((gateway, neighbour)) =
+            neighbour(message).filter(|((index, _), _)| self.link(*index).is_some())
         else {
             return Change::Nothing;
         };
@@ -548,7 +552,10 @@ fn usable_gateway(route: &RouteMessage, address: Ipv4Addr, links: &[Link]) -> Re
                 .iter()
                 .map(|link| format!("{} (number {})", link.interface.name, link.interface.index))
                 .collect();
-            Err(format!("its route leaves through interface number {index}, not through {}", ours.join(" or ")))
+            Err(format!(
+                "its route leaves through interface number {index}, not through {}",
+                ours.join(" or ")
+            ))
         }
     }
 }

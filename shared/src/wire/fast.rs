@@ -1,5 +1,5 @@
-//! The fast parse of what clients send: Ethernet II, IPv4, TCP or UDP. Property tests hold it equal to
-//! `etherparse`.
+//! The fast parse of what clients send: Ethernet II, up to two VLAN tags, IPv4, TCP or UDP. Property tests hold it
+//! equal to `etherparse`.
 
 use core::net::Ipv4Addr;
 use core::ops::Range;
@@ -12,6 +12,14 @@ use crate::flow::FlowV4;
 pub const ETHERNET_LEN: usize = 14;
 /// EtherType of IPv4.
 pub const ETHERTYPE_IPV4: u16 = 0x0800;
+/// EtherType of a customer's VLAN tag (IEEE 802.1Q).
+pub const ETHERTYPE_VLAN: u16 = 0x8100;
+/// EtherType of a provider's VLAN tag (IEEE 802.1ad).
+pub const ETHERTYPE_PROVIDER_VLAN: u16 = 0x88a8;
+/// Length in bytes of a VLAN tag: its EtherType, priority and number.
+pub const VLAN_LEN: usize = 4;
+/// Length in bytes of the longest link-layer header that is looked behind: two tags.
+pub const MAX_LINK_LEN: usize = ETHERNET_LEN + 2 * VLAN_LEN;
 
 const ETHERTYPE: Range<usize> = 12..14;
 const TCP: u8 = 6;
@@ -36,6 +44,9 @@ pub enum Frame {
 pub struct Packet {
     /// Its 5-tuple.
     pub flow: FlowV4,
+    /// Length in bytes of what stands before the IP packet: [`ETHERNET_LEN`], and [`VLAN_LEN`] for each tag. 0 where
+    /// only an IP packet was parsed.
+    pub link_len: u8,
     /// DSCP and ECN.
     pub tos: u8,
     /// Length in bytes of the IP packet, which may be shorter than the frame: Ethernet pads to 60 bytes.
@@ -51,10 +62,42 @@ pub struct Packet {
 #[inline]
 pub fn parse(frame: &[u8]) -> Result<Frame, DropReason> {
     let Some(ethertype) = frame.get(ETHERTYPE) else { return Err(DropReason::Truncated) };
-    if ethertype != ETHERTYPE_IPV4.to_be_bytes() {
-        return Ok(Frame::Other);
+    if ethertype == ETHERTYPE_IPV4.to_be_bytes() {
+        return behind_link(frame, ETHERNET_LEN);
     }
-    parse_ipv4(&frame[ETHERNET_LEN..])
+    match link_len(frame)? {
+        Some(len) => behind_link(frame, len),
+        None => Ok(Frame::Other),
+    }
+}
+
+/// Length in bytes of the link-layer header, tags included, where an IPv4 packet follows it.
+///
+/// # Errors
+/// [`DropReason::Truncated`] if the frame ends inside.
+#[cold]
+pub fn link_len(frame: &[u8]) -> Result<Option<usize>, DropReason> {
+    let mut len = ETHERNET_LEN;
+    loop {
+        let ethertype: [u8; 2] = match frame.get(len - 2..len) {
+            Some(bytes) => [bytes[0], bytes[1]],
+            None => return Err(DropReason::Truncated),
+        };
+        match u16::from_be_bytes(ethertype) {
+            ETHERTYPE_IPV4 => return Ok(Some(len)),
+            ETHERTYPE_VLAN | ETHERTYPE_PROVIDER_VLAN if len < MAX_LINK_LEN => len += VLAN_LEN,
+            _ => return Ok(None),
+        }
+    }
+}
+
+#[inline]
+fn behind_link(frame: &[u8], len: usize) -> Result<Frame, DropReason> {
+    Ok(match parse_ipv4(&frame[len..])? {
+        // At most `MAX_LINK_LEN`.
+        Frame::Flow(packet) => Frame::Flow(Packet { link_len: len as u8, ..packet }),
+        other => other,
+    })
 }
 
 /// Parses an IPv4 packet; bytes after its end are ignored.
@@ -102,7 +145,7 @@ pub fn parse_ipv4(bytes: &[u8]) -> Result<Frame, DropReason> {
     let source_port = u16::from_be_bytes([transport[0], transport[1]]);
     let destination_port = u16::from_be_bytes([transport[2], transport[3]]);
     let flow = FlowV4 { source, destination, source_port, destination_port, protocol };
-    Ok(Frame::Flow(Packet { flow, tos: ip[1], ip_len, is_syn }))
+    Ok(Frame::Flow(Packet { flow, link_len: 0, tos: ip[1], ip_len, is_syn }))
 }
 
 /// The address in exactly four bytes.
@@ -121,8 +164,8 @@ mod tests {
         let addresses = any::<([u8; 4], [u8; 4], u16, u16)>();
         let payload = proptest::collection::vec(any::<u8>(), 0..64);
         let changes = proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3);
-        (addresses, any::<bool>(), any::<bool>(), payload, changes, 0usize..20).prop_map(
-            |((source, destination, sport, dport), tcp, syn, payload, changes, cut)| {
+        (addresses, any::<bool>(), any::<bool>(), payload, changes, 0usize..20, 0usize..4).prop_map(
+            |((source, destination, sport, dport), tcp, syn, payload, changes, cut, tags)| {
                 let builder = PacketBuilder::ethernet2([2, 0, 0, 0, 0, 1], [2, 0, 0, 0, 0, 2]).ipv4(
                     source,
                     destination,
@@ -148,6 +191,10 @@ mod tests {
                     frame[24..26].copy_from_slice(&sum.to_be_bytes());
                 }
                 frame.truncate(frame.len() - cut / 2);
+                // The outermost tag first. Three are more than is looked behind.
+                for tag in [[0x81, 0, 0x20, 7], [0x88, 0xa8, 0, 9], [0x88, 0xa8, 0, 1]].iter().take(tags) {
+                    frame.splice(12..12, *tag);
+                }
                 frame
             },
         )
@@ -173,6 +220,7 @@ mod tests {
                     };
                     prop_assert_eq!((packet.flow.source_port, packet.flow.destination_port), ports);
                     prop_assert_eq!(packet.is_syn, is_syn);
+                    prop_assert_eq!(usize::from(packet.link_len), ETHERNET_LEN + VLAN_LEN * sliced.link_exts.len());
                 }
                 (Ok(Frame::Flow(packet)), Err(error)) => panic!("{packet:?}, but etherparse: {error}"),
                 (Ok(Frame::Fragment { destination }), Ok(sliced)) => {
@@ -181,7 +229,8 @@ mod tests {
                     prop_assert_eq!(destination, ip.header().destination_addr());
                 }
                 (Err(DropReason::BadIpChecksum), _) => {
-                    let (header, _) = etherparse::Ipv4Header::from_slice(&frame[14..]).unwrap();
+                    let len = link_len(&frame).unwrap().unwrap();
+                    let (header, _) = etherparse::Ipv4Header::from_slice(&frame[len..]).unwrap();
                     prop_assert_ne!(header.header_checksum, header.calc_header_checksum());
                 }
                 // etherparse takes a UDP length of 0 for "as long as the packet" (RFC 2675); over IPv4 it is an error.
@@ -197,7 +246,7 @@ mod tests {
         #[test]
         fn a_cut_at_any_byte_is_an_error(frame in frames(), cut: prop::sample::Index) {
             if let Ok(Frame::Flow(packet)) = parse(&frame) {
-                let whole = ETHERNET_LEN + usize::from(packet.ip_len);
+                let whole = usize::from(packet.link_len) + usize::from(packet.ip_len);
                 prop_assert!(parse(&frame[..cut.index(whole)]).is_err());
                 prop_assert_eq!(parse(&frame[..whole]), Ok(Frame::Flow(packet)));
             }

@@ -23,6 +23,7 @@ use daisy_shared::service::{Encapsulation, Service, ServiceId};
 use daisy_shared::wire::{fast, gue, outer};
 
 use crate::io::words::Words;
+use crate::metrics::Counters;
 
 /// Length in bytes of all headers before the inner IP packet in a closed window.
 pub const CLOSED_LEN: usize = fast::ETHERNET_LEN + outer::LEN + gue::BASE_LEN;
@@ -149,6 +150,12 @@ impl Template {
 /// A service as the pipeline sees it.
 #[derive(Clone, Debug)]
 pub struct ServiceTable {
+    /// The address that clients connect to.
+    pub vip: Ipv4Addr,
+    /// The IANA protocol number.
+    pub protocol: u8,
+    /// The port that clients connect to.
+    pub port: u16,
     /// The key of its flow hash.
     pub hash_key: HashKey,
     /// How its packets travel in closed windows.
@@ -185,6 +192,16 @@ impl Snapshot {
         &self.services[index as usize]
     }
 
+    /// All services. Of two for the same flows the later one gets them.
+    pub fn services(&self) -> &[ServiceTable] {
+        &self.services
+    }
+
+    /// One more than the highest number of a backend.
+    pub fn backends(&self) -> u32 {
+        self.templates[0].len() as u32
+    }
+
     /// Whether a service has this address.
     pub fn is_vip(&self, address: Ipv4Addr) -> bool {
         self.vips.binary_search(&address).is_ok()
@@ -200,6 +217,30 @@ impl Snapshot {
 /// Address, protocol and port in one word, which is never 0 as no protocol is.
 fn service_key(vip: Ipv4Addr, protocol: u8, port: u16) -> u64 {
     u64::from(vip.to_bits()) << 32 | u64::from(port) << 16 | u64::from(protocol)
+}
+
+/// Somebody besides I/O threads who forwards by the tables: the XDP program.
+pub trait Plane: core::fmt::Debug + Send {
+    /// How many services it carries.
+    fn max_services(&self) -> usize;
+
+    /// Memory for the words of a table, where it reads them.
+    ///
+    /// # Errors
+    /// If there is none.
+    fn words(&mut self, buckets: u32) -> std::io::Result<Words>;
+
+    /// Forwards by this snapshot from now on, or soon. If it cannot, it says so in the log, and stays with what it had.
+    fn publish(&mut self, snapshot: Arc<Snapshot>);
+
+    /// Returns when no packet is forwarded any more by an older snapshot than the last.
+    fn settle(&mut self);
+
+    /// What it has counted.
+    fn counters(&self) -> Counters;
+
+    /// Takes no more packets.
+    fn close(&mut self);
 }
 
 /// Finds services by address, protocol and port: open addressing, at most half full.
@@ -271,6 +312,14 @@ pub enum ApplyError {
         /// The bucket count in the piece.
         piece_buckets: u32,
     },
+    /// More services than can be carried.
+    #[error("service {name}: more than the {most} services that --io xdp carries")]
+    TooMany {
+        /// The service.
+        name: String,
+        /// How many it may be.
+        most: usize,
+    },
     /// There is no memory for the table.
     #[error("service {name}: memory for its table: {error}")]
     Memory {
@@ -307,6 +356,7 @@ struct Known {
 #[derive(Debug)]
 pub struct Tables {
     shared: Arc<ArcSwap<Snapshot>>,
+    plane: Option<Box<dyn Plane>>,
     underlay: Underlay,
     links: Box<[Link]>,
     services: BTreeMap<ServiceId, Known>,
@@ -328,6 +378,7 @@ impl Tables {
         };
         Tables {
             shared: Arc::new(ArcSwap::from_pointee(empty)),
+            plane: None,
             underlay,
             links,
             services: BTreeMap::new(),
@@ -335,6 +386,19 @@ impl Tables {
             next_hops: BTreeMap::new(),
             swaps: 0,
         }
+    }
+
+    /// The same, where somebody else forwards by them too.
+    pub fn on(plane: impl Plane + 'static, underlay: Underlay, links: impl Into<Box<[Link]>>) -> Tables {
+        let mut tables = Tables::new(underlay, links);
+        let plane = tables.plane.insert(Box::new(plane));
+        plane.publish(tables.shared.load_full());
+        tables
+    }
+
+    /// Who else forwards by them.
+    pub fn plane(&mut self) -> Option<&mut dyn Plane> {
+        Some(self.plane.as_mut()?.as_mut())
     }
 
     /// What I/O threads load from.
@@ -370,7 +434,7 @@ impl Tables {
         let link = &mut self.links[usize::from(interface)];
         if link.mac != mac {
             link.mac = mac;
-            self.publish();
+            self.publish_soon();
         }
     }
 
@@ -411,7 +475,7 @@ impl Tables {
             None => self.next_hops.remove(&backend),
         };
         if before != next_hop {
-            self.publish();
+            self.publish_soon();
         }
     }
 
@@ -432,6 +496,10 @@ impl Tables {
                 piece_id: piece.service,
                 piece_buckets: piece.buckets,
             });
+        }
+        let most = self.plane.as_ref().map_or(usize::MAX, |plane| plane.max_services());
+        if self.services.len() >= most && !self.services.contains_key(&service.id) {
+            return Err(ApplyError::TooMany { name: name(), most });
         }
         let known = self.services.get_mut(&service.id);
         if let Some(from) = piece.from {
@@ -456,7 +524,11 @@ impl Tables {
                     Some(known) if piece.from.is_some() => Arc::clone(&known.table),
                     _ => {
                         let memory = |error| ApplyError::Memory { name: name(), error };
-                        Arc::new(BucketTable::in_words(Words::new(piece.buckets).map_err(memory)?))
+                        let words = match &mut self.plane {
+                            Some(plane) => plane.words(piece.buckets),
+                            None => Words::new(piece.buckets),
+                        };
+                        Arc::new(BucketTable::in_words(words.map_err(memory)?))
                     }
                 };
                 table.apply(&piece.entries);
@@ -507,8 +579,16 @@ impl Tables {
         (0..u16::MAX).filter(|id| seen[usize::from(*id)]).map(BackendId).collect()
     }
 
+    /// Puts a new snapshot in place, and returns when nobody uses an older one.
+    fn publish(&mut self) {
+        self.publish_soon();
+        if let Some(plane) = &mut self.plane {
+            plane.settle();
+        }
+    }
+
     /// Puts a new snapshot in place, and returns when no I/O thread uses an older one.
-    fn publish(&self) {
+    fn publish_soon(&mut self) {
         let keys = self
             .services
             .values()
@@ -530,6 +610,9 @@ impl Tables {
                 .services
                 .values()
                 .map(|known| ServiceTable {
+                    vip: known.vip,
+                    protocol: known.service.protocol.number(),
+                    port: known.service.port,
                     hash_key: known.service.hash_key,
                     encapsulation: known.service.encapsulation,
                     table: Arc::clone(&known.table),
@@ -539,7 +622,15 @@ impl Tables {
             vips: vips.into_iter().collect(),
             templates,
         };
-        let old = self.shared.swap(Arc::new(snapshot));
+        let snapshot = Arc::new(snapshot);
+        if let Some(plane) = &mut self.plane {
+            plane.publish(Arc::clone(&snapshot));
+        }
+        let old = self.shared.swap(snapshot);
+        if self.plane.is_some() {
+            // There are no I/O threads.
+            return;
+        }
         // `swap` has turned each thread's hold on the old snapshot into a counted one.
         while Arc::strong_count(&old) > 1 {
             std::thread::yield_now();

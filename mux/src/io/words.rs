@@ -1,9 +1,12 @@
 //! Where the words of a bucket table lie: memory with huge pages, as the look-ups of a burst fall anywhere in it.
 
+use std::fmt;
 use std::io;
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
+
+use aya::maps::{Array, MapData};
 
 use super::sys::Mapping;
 
@@ -11,10 +14,17 @@ use super::sys::Mapping;
 const HUGE_PAGE: usize = 2 << 20;
 
 /// The words of one table.
-#[derive(Debug)]
 pub struct Words {
     words: NonNull<[AtomicU64]>,
+    /// The BPF array that they are the values of.
+    array: Option<Array<MapData, u64>>,
     _memory: Mapping,
+}
+
+impl fmt::Debug for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Words({})", self.words.len())
+    }
 }
 
 // SAFETY: the words belong to whoever has this, and there are only atomics to be shared.
@@ -35,7 +45,29 @@ impl Words {
         memory.advise_huge_pages();
         let gap = if spare > 0 { memory.start().align_offset(HUGE_PAGE) } else { 0 };
         let first = memory.part(gap, bytes).cast::<AtomicU64>();
-        Ok(Words { words: NonNull::slice_from_raw_parts(first, buckets as usize), _memory: memory })
+        Ok(Words::at(first, buckets, None, memory))
+    }
+
+    /// The values of a BPF array, mapped here.
+    pub(super) fn of(array: Array<MapData, u64>, memory: Mapping) -> Words {
+        let buckets = array.len();
+        let first = memory.part(0, buckets as usize * size_of::<AtomicU64>()).cast();
+        Words::at(first, buckets, Some(array), memory)
+    }
+
+    fn at(
+        first: NonNull<AtomicU64>,
+        buckets: u32,
+        array: Option<Array<MapData, u64>>,
+        memory: Mapping,
+    ) -> Words {
+        let words = NonNull::slice_from_raw_parts(first, buckets as usize);
+        Words { words, array, _memory: memory }
+    }
+
+    /// The BPF array that they are the values of, if an XDP program reads them.
+    pub(super) fn array(&self) -> Option<&Array<MapData, u64>> {
+        self.array.as_ref()
     }
 }
 

@@ -5,19 +5,17 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use arc_swap::ArcSwap;
-use clap::{Parser, ValueEnum};
-use daisy_mux::io::af_packet::AfPacket;
-use daisy_mux::io::{self, IoError, PacketIo, Worker, af_xdp};
-use daisy_mux::metrics::{Counters, Published};
+use clap::Parser;
+use daisy_mux::io::open::{self, Copy, Kind, List, Opened, Request};
+use daisy_mux::io::threads::Threads;
+use daisy_mux::metrics::Counters;
 use daisy_mux::neighbours::Neighbours;
 use daisy_mux::state::State;
 use daisy_mux::sync::Mux;
-use daisy_mux::table::{Link, Snapshot, Tables, Underlay};
+use daisy_mux::table::{Link, Tables, Underlay};
 use daisy_node::interface::Interface;
 use daisy_node::log::{self, die};
 use daisy_node::stop::Stop;
@@ -35,12 +33,27 @@ struct Args {
     /// The mux's name, unique among nodes.
     #[arg(long)]
     name: String,
-    /// The network interface that packets come from and go to.
-    #[arg(long)]
-    interface: String,
+    /// A network interface that packets come from and go to; repeat it for several. The mux's address is that of
+    /// the first.
+    #[arg(long, required = true)]
+    interface: Vec<String>,
     /// How packets are moved.
-    #[arg(long, value_enum)]
+    #[arg(long, value_enum, default_value = "auto")]
     io: Kind,
+    /// The processors that I/O threads run on, such as 0,2-3: one thread on each. Without it, af-xdp has a thread
+    /// for each receive queue, and af-packet has one, wherever the kernel puts them.
+    #[arg(long)]
+    cores: Option<List>,
+    /// The receive queues that are served on each interface, such as 0-3, with af-xdp. Without it, all.
+    #[arg(long)]
+    queues: Option<List>,
+    /// For how many microseconds the kernel polls a device for packets before it waits for an interrupt, with
+    /// af-xdp. Without it, not at all.
+    #[arg(long, value_name = "MICROSECONDS", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    busy_poll: Option<u32>,
+    /// Whether frames are copied between the driver and the mux, with af-xdp.
+    #[arg(long, value_enum, default_value = "auto")]
+    copy: Copy,
     /// The controller's URL, such as http://192.0.2.1:7600; repeat it for several.
     #[arg(long, required = true)]
     controller: Vec<String>,
@@ -59,15 +72,6 @@ struct Args {
     /// How log lines look: text or json.
     #[arg(long, default_value = "text")]
     log_format: log::Format,
-}
-
-/// How packets are moved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Kind {
-    /// AF_XDP sockets, one for each receive queue, behind an XDP program.
-    AfXdp,
-    /// A raw packet socket.
-    AfPacket,
 }
 
 fn main() -> ExitCode {
@@ -91,43 +95,17 @@ struct Running {
     stop: Stop,
 }
 
-/// The I/O threads.
-struct Threads {
-    snapshot: Arc<ArcSwap<Snapshot>>,
-    published: Vec<Arc<Published>>,
-    handles: Vec<JoinHandle<Result<Counters, IoError>>>,
-    stop_io: Arc<AtomicBool>,
-    stop: Stop,
-}
-
-impl Threads {
-    /// Starts a thread that moves packets. If it fails, the whole mux stops.
-    fn spawn(&mut self, io: impl PacketIo + Send + 'static) -> std::io::Result<()> {
-        let published = Arc::<Published>::default();
-        let worker = Worker::new(Arc::clone(&self.snapshot), Arc::clone(&published));
-        self.published.push(published);
-        let (stop_io, stop) = (Arc::clone(&self.stop_io), self.stop.clone());
-        let thread = std::thread::Builder::new().name(format!("io-{}", self.handles.len()));
-        self.handles.push(thread.spawn(move || {
-            let result = io::run(io, worker, &stop_io);
-            if result.is_err() {
-                stop.set();
-            }
-            result
-        })?);
-        Ok(())
-    }
-}
-
 /// Starts everything that can fail because of how the mux was started.
 fn start(args: Args) -> anyhow::Result<Running> {
     log::init(args.log_format)?;
     let token = args.token_file.as_deref().map(log::read_token).transpose()?;
-    let interface = Interface::find(&args.interface)?;
+    let interfaces =
+        args.interface.iter().map(|name| Interface::find(name)).collect::<Result<Vec<_>, _>>()?;
+    let address = interfaces.first().context("no interface is given")?.address;
     let config = Config {
         name: args.name,
         kind: NodeKind::Mux,
-        address: IpAddr::V4(interface.address),
+        address: IpAddr::V4(address),
         controllers: args.controller,
         token,
         state_dir: args.state_dir.clone(),
@@ -138,43 +116,31 @@ fn start(args: Args) -> anyhow::Result<Running> {
     // Now, and not when there is first something to keep.
     let place = || format!("state directory {}", args.state_dir.display());
     std::fs::create_dir_all(&args.state_dir).with_context(place)?;
-    let underlay = Underlay { address: interface.address, gue_port: args.gue_port };
-    let link = Link { mac: interface.mac.0, mtu: interface.mtu.try_into().unwrap_or(u16::MAX) };
-    let tables = Tables::new(underlay, [link]);
+    let underlay = Underlay { address, gue_port: args.gue_port };
+    let link = |interface: &Interface| Link {
+        mac: interface.mac.0,
+        mtu: interface.mtu.try_into().unwrap_or(u16::MAX),
+    };
+    let links: Vec<Link> = interfaces.iter().map(link).collect();
     let stop = Stop::on_signals().context("signal handlers")?;
-    let mut threads = Threads {
-        snapshot: tables.shared(),
-        published: Vec::new(),
-        handles: Vec::new(),
-        stop_io: Arc::default(),
-        stop: stop.clone(),
+    let request = Request {
+        kind: args.io,
+        interfaces,
+        cores: args.cores,
+        queues: args.queues,
+        busy_poll: args.busy_poll.map(|us| Duration::from_micros(us.into())),
+        copy: args.copy,
+        xdp_mode: args.xdp_mode,
     };
-    let filter = match args.io {
-        Kind::AfPacket => {
-            let socket = AfPacket::open(&interface)?;
-            threads.spawn(socket).context("starting an I/O thread")?;
-            None
-        }
-        Kind::AfXdp => {
-            let (filter, sockets) = af_xdp::open(&interface, args.xdp_mode)?;
-            for socket in sockets {
-                threads.spawn(socket).context("starting an I/O thread")?;
-            }
-            Some(filter)
-        }
-    };
-    let state = Arc::new(State::new(tables, filter));
-    let neighbours = Neighbours::start(std::slice::from_ref(&interface), Arc::clone(&state))
-        .with_context(|| format!("interface {}: following its neighbours", args.interface))?;
-    let mux = Mux::new(Arc::clone(&state), neighbours, threads.published.clone());
+    let Opened { kind, jobs, filters } = open::open(&request)?;
+    let tables = Tables::new(underlay, links);
+    let threads = Threads::start(jobs, &tables.shared(), &stop)?;
+    let state = Arc::new(State::new(tables, filters));
+    let neighbours = Neighbours::start(&request.interfaces, Arc::clone(&state))
+        .with_context(|| format!("interface {}: following its neighbours", args.interface.join(", ")))?;
+    let mux = Mux::new(Arc::clone(&state), neighbours, threads.published().to_vec());
     let mut sync = Sync::new(config, mux).with_context(place)?;
-    info!(
-        interface = args.interface,
-        address = %interface.address,
-        io = ?args.io,
-        threads = threads.handles.len(),
-        "packet I/O runs"
-    );
+    info!(interfaces = args.interface.join(","), %address, io = %kind, threads = threads.len(), "packet I/O runs");
     if sync.restore() && !sync.services().is_empty() {
         sync.node().set_ready();
     } else {
@@ -188,24 +154,19 @@ impl Running {
     fn run(self) -> ExitCode {
         let mux = self.sync.run(&self.stop);
         info!("stopping");
-        // The XDP program first: what comes from now on is the kernel's.
-        self.state.lock().filter.take();
-        self.threads.stop_io.store(true, Ordering::Relaxed);
+        // The XDP programs first: what comes from now on is the kernel's.
+        self.state.lock().filters.clear();
         let mut total = Counters::default();
         let mut by_thread = Vec::new();
         let mut code = ExitCode::SUCCESS;
-        for thread in self.threads.handles {
-            match thread.join() {
-                Ok(Ok(counters)) => {
+        for outcome in self.threads.stop() {
+            match outcome {
+                Ok(counters) => {
                     total += counters;
                     by_thread.push(counters.received);
                 }
-                Ok(Err(error)) => {
-                    error!(%error, "packet I/O failed");
-                    code = ExitCode::FAILURE;
-                }
-                Err(_) => {
-                    error!("an I/O thread panicked");
+                Err(error) => {
+                    error!(error, "packet I/O failed");
                     code = ExitCode::FAILURE;
                 }
             }

@@ -14,20 +14,20 @@ use crate::table::Tables;
 #[derive(Debug)]
 pub struct State(Mutex<Control>);
 
-/// The tables, and the XDP program that follows them where there is one.
+/// The tables, and the XDP programs that follow them where there are some.
 #[derive(Debug)]
 pub struct Control {
     /// Services, tables, backends and next hops.
     pub tables: Tables,
-    /// Takes packets for services from the interface; with AF_XDP only.
-    pub filter: Option<Filter>,
+    /// The programs that take packets for services from the interfaces, by number; with AF_XDP only.
+    pub filters: Vec<Filter>,
 }
 
 impl State {
     /// No services yet.
-    pub fn new(tables: Tables, filter: Option<Filter>) -> State {
-        let mut control = Control { tables, filter };
-        control.show_filter();
+    pub fn new(tables: Tables, filters: Vec<Filter>) -> State {
+        let mut control = Control { tables, filters };
+        control.show_filters();
         State(Mutex::new(control))
     }
 
@@ -42,7 +42,7 @@ impl Control {
     pub fn set_mac(&mut self, interface: u8, mac: [u8; 6]) {
         if self.tables.links()[usize::from(interface)].mac != mac {
             self.tables.set_mac(interface, mac);
-            self.show_filter();
+            self.show_filters();
         }
     }
 
@@ -52,24 +52,26 @@ impl Control {
     /// If it does not fit; then nothing changes.
     pub fn apply(&mut self, service: &Service, piece: &Piece) -> Result<(), Refused> {
         self.tables.apply(service, piece).map_err(|error| Refused(error.to_string()))?;
-        // Only now, as whatever the filter takes must find its service.
-        self.show_filter();
+        // Only now, as whatever a filter takes must find its service.
+        self.show_filters();
         Ok(())
     }
 
     /// A service is gone.
     pub fn remove(&mut self, service: ServiceId) {
-        if let Some(filter) = &mut self.filter {
-            let rest = self.tables.services().map(|(service, _)| service).filter(|s| s.id != service);
-            report(filter.follow(self.tables.links()[0].mac, rest));
-        }
+        // First, as whatever a filter takes must find its service.
+        self.show_filters_without(Some(service));
         self.tables.remove(service);
     }
 
-    fn show_filter(&mut self) {
-        if let Some(filter) = &mut self.filter {
+    fn show_filters(&mut self) {
+        self.show_filters_without(None);
+    }
+
+    fn show_filters_without(&mut self, gone: Option<ServiceId>) {
+        for (filter, link) in self.filters.iter_mut().zip(self.tables.links()) {
             let services = self.tables.services().map(|(service, _)| service);
-            report(filter.follow(self.tables.links()[0].mac, services));
+            report(filter.follow(link.mac, services.filter(|service| Some(service.id) != gone)));
         }
     }
 }

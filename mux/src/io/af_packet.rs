@@ -3,9 +3,13 @@
 //! The kernel sees every packet too. What is not for a service is the kernel's alone; what is for one has an
 //! address that the kernel does not own and, unless it forwards, drops.
 //!
-//! Two things that a packet socket shows and a wire would not:
+//! A thread has a socket on each interface. Where there are several threads, the kernel spreads packets over their
+//! sockets by flow (`PACKET_FANOUT_HASH`).
+//!
+//! Three things that a packet socket shows and a wire would not:
 //! - A sender on the same host leaves checksums to a device that never computes them. Such packets are marked
 //!   (`TP_STATUS_CSUMNOTREADY`), and their checksum is completed here, or the backend would drop them.
+//! - The kernel has taken the outermost VLAN tag off, and says so beside the packet: it is put back.
 //! - Receive offload merges TCP segments into packets above the link's MTU, which cannot be sent on: they are
 //!   dropped as too big, and a warning at the start says how to turn the merging off.
 
@@ -23,7 +27,7 @@ use tracing::warn;
 
 use super::sys::{self, Mapping};
 use super::{FRAME_START, IoError, PacketIo, Worker};
-use crate::pipeline::{BURST, Slot, Verdict};
+use crate::pipeline::{self, BURST, Slot, Verdict};
 
 /// Room for the longest packet that receive offload makes, in whole cache lines, and not a power of two, so that
 /// the frames of a burst do not compete for the same cache sets.
@@ -37,17 +41,23 @@ const SEND_WAIT: Duration = Duration::from_millis(10);
 /// How many turns may pass before the kernel is asked what it dropped.
 const STATISTICS_EVERY: u32 = 1024;
 
-/// A raw packet socket on one interface.
+/// Raw packet sockets of one thread, one on each interface.
 #[derive(Debug)]
 pub struct AfPacket {
+    ports: Vec<Port>,
+    buffers: Mapping,
+    turns: u32,
+}
+
+/// A socket on one interface.
+#[derive(Debug)]
+struct Port {
     fd: OwnedFd,
     interface: String,
-    buffers: Mapping,
     index: u32,
     /// The interface went down, and nothing has come since.
     is_down: bool,
     missed: u64,
-    turns: u32,
 }
 
 /// What the kernel says of a received packet.
@@ -55,21 +65,100 @@ pub struct AfPacket {
 struct Received {
     len: usize,
     truncated: bool,
+    /// Bits `TP_STATUS_...`.
     status: u32,
+    /// The tag that the kernel has taken off: EtherType and contents.
+    tag: [u16; 2],
 }
 
 impl AfPacket {
-    /// Opens a socket that takes the IPv4 packets which arrive on `interface`.
+    /// Opens sockets that take the IPv4 packets which arrive on the interfaces, for so many threads.
     ///
     /// # Errors
     /// If the kernel refuses, for want of rights mostly.
-    pub fn open(interface: &Interface) -> Result<AfPacket, IoError> {
+    pub fn open(interfaces: &[Interface], threads: usize) -> Result<Vec<AfPacket>, IoError> {
+        let mut ports: Vec<Vec<Port>> = (0..threads).map(|_| Vec::new()).collect();
+        for interface in interfaces {
+            warn_of_host_settings(&interface.name);
+            let mut group = None;
+            for thread in &mut ports {
+                let port = Port::open(interface)?;
+                if threads > 1 {
+                    group = Some(port.join(group)?);
+                }
+                thread.push(port);
+            }
+        }
+        let thread = |ports| {
+            let buffers = Mapping::anonymous(BURST * STRIDE).map_err(|error| IoError::System {
+                place: "af-packet".to_owned(),
+                what: "memory for frames",
+                error,
+            })?;
+            Ok(AfPacket { ports, buffers, turns: 0 })
+        };
+        ports.into_iter().map(thread).collect()
+    }
+
+    /// Takes one burst from one interface through `worker`.
+    fn serve(&mut self, ingress: usize, worker: &mut Worker) -> Result<usize, IoError> {
+        let received = self.ports[ingress].receive(&self.buffers)?;
+        self.ports[ingress].is_down &= received.is_empty();
+        if received.is_empty() {
+            return Ok(0);
+        }
+        let mut burst: ArrayVec<Slot<'_>, BURST> = ArrayVec::new();
+        for (i, packet) in received.iter().enumerate() {
+            let start = self.buffers.part(i * STRIDE, STRIDE);
+            // SAFETY: within the mapping, parts do not overlap, and while `burst` lives nobody else touches them:
+            // the kernel writes in `Port::receive` only, which is called above and here alone.
+            let buffer = unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), STRIDE) };
+            let is_tagged = packet.status & libc::TP_STATUS_VLAN_VALID != 0 && packet.len >= ADDRESSES_LEN;
+            let (start, len) = if is_tagged {
+                put_tag_back(buffer, packet.tag);
+                (FRAME_START - TAG_LEN, packet.len + TAG_LEN)
+            } else {
+                (FRAME_START, packet.len)
+            };
+            let mut slot = Slot::new(buffer, start, len);
+            if packet.truncated {
+                slot.verdict = Verdict::Drop(DropReason::TooBig);
+            } else if packet.status & libc::TP_STATUS_CSUMNOTREADY != 0 {
+                complete_checksum(slot.frame_mut());
+            }
+            burst.push(slot);
+        }
+        worker.decide(ingress as u8, &mut burst);
+        for (egress, port) in self.ports.iter().enumerate() {
+            port.send(egress as u8, &mut burst);
+        }
+        worker.settle(&burst);
+        Ok(burst.len())
+    }
+
+    /// Takes one burst from each interface.
+    fn serve_all(&mut self, worker: &mut Worker) -> Result<usize, IoError> {
+        (0..self.ports.len()).try_fold(0, |sum, ingress| Ok(sum + self.serve(ingress, worker)?))
+    }
+
+    /// Adds what the kernel has dropped since it was last asked.
+    fn ask_missed(&mut self, worker: &mut Worker) -> Result<(), IoError> {
+        let mut missed = 0;
+        for port in &mut self.ports {
+            missed += port.ask_missed()?;
+        }
+        worker.set_missed(missed);
+        Ok(())
+    }
+}
+
+impl Port {
+    fn open(interface: &Interface) -> Result<Port, IoError> {
         let name = interface.name.clone();
         let failed = |what| {
             let place = format!("interface {name}");
             move |error| IoError::System { place, what, error }
         };
-        warn_of_host_settings(&name);
         // Protocol 0 takes nothing: packets come only after `bind`, when all options are set.
         let fd = sys::socket(libc::AF_PACKET, libc::SOCK_RAW, 0)
             .map_err(failed("opening a packet socket (needs CAP_NET_RAW)"))?;
@@ -82,9 +171,14 @@ impl AfPacket {
             sys::set_option(&fd, libc::SOL_SOCKET, option, &SOCKET_BUFFER)
                 .map_err(failed("setting the socket's buffers (needs CAP_NET_ADMIN)"))?;
         }
+        let mut program = taken_packets();
+        let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+        sys::set_option(&fd, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+            .map_err(failed("choosing packets"))?;
         let address = libc::sockaddr_ll {
             sll_family: libc::AF_PACKET as u16,
-            sll_protocol: (libc::ETH_P_IP as u16).to_be(),
+            // Of two tags the kernel leaves one in its place, and goes by that.
+            sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
             sll_ifindex: interface.index as c_int,
             sll_hatype: 0,
             sll_pkttype: 0,
@@ -92,9 +186,22 @@ impl AfPacket {
             sll_addr: [0; 8],
         };
         sys::bind(&fd, &address).map_err(failed("binding a packet socket"))?;
-        let buffers = Mapping::anonymous(BURST * STRIDE).map_err(failed("memory for frames"))?;
-        let index = interface.index;
-        Ok(AfPacket { fd, interface: name, buffers, index, is_down: false, missed: 0, turns: 0 })
+        Ok(Port { fd, interface: name, index: interface.index, is_down: false, missed: 0 })
+    }
+
+    /// Joins those sockets on the interface that share its packets; the first makes the group. Returns its number.
+    fn join(&self, group: Option<u16>) -> Result<u16, IoError> {
+        let kind = libc::PACKET_FANOUT_HASH as c_int;
+        let option: c_int = match group {
+            Some(group) => kind << 16 | c_int::from(group),
+            None => (kind | libc::PACKET_FANOUT_FLAG_UNIQUEID as c_int) << 16,
+        };
+        sys::set_option(&self.fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &option)
+            .map_err(self.error("PACKET_FANOUT (needs Linux 4.12)"))?;
+        let joined: c_int = sys::get_option(&self.fd, libc::SOL_PACKET, libc::PACKET_FANOUT)
+            .map_err(self.error("PACKET_FANOUT"))?;
+        // The lower half is the group.
+        Ok(joined as u16)
     }
 
     fn error(&self, what: &'static str) -> impl FnOnce(io::Error) -> IoError {
@@ -103,12 +210,12 @@ impl AfPacket {
     }
 
     /// Receives a burst into the buffers.
-    fn receive(&mut self) -> Result<ArrayVec<Received, BURST>, IoError> {
+    fn receive(&mut self, buffers: &Mapping) -> Result<ArrayVec<Received, BURST>, IoError> {
         let mut controls = [[0u64; CONTROL_WORDS]; BURST];
         let mut vectors: ArrayVec<libc::iovec, BURST> = (0..BURST)
             .map(|i| {
                 let len = STRIDE - FRAME_START;
-                let start = self.buffers.part(i * STRIDE + FRAME_START, len);
+                let start = buffers.part(i * STRIDE + FRAME_START, len);
                 libc::iovec { iov_base: start.as_ptr().cast(), iov_len: len }
             })
             .collect();
@@ -145,20 +252,26 @@ impl AfPacket {
                 _ => Err(self.error("receiving")(error)),
             };
         }
-        let said = |message: &libc::mmsghdr| Received {
-            len: (message.msg_len as usize).min(STRIDE - FRAME_START),
-            truncated: message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
-            status: auxiliary_status(&message.msg_hdr),
+        let said = |message: &libc::mmsghdr| {
+            let (status, tag) = auxiliary(&message.msg_hdr);
+            Received {
+                len: (message.msg_len as usize).min(STRIDE - FRAME_START),
+                truncated: message.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
+                status,
+                tag,
+            }
         };
         Ok(messages.iter().take(received as usize).map(said).collect())
     }
 
-    /// Sends those slots of a burst that are to be sent. What the device does not take becomes a drop.
-    fn send(&self, burst: &mut [Slot<'_>]) {
+    /// Sends those slots of a burst that leave by this interface. What the device does not take becomes a drop.
+    fn send(&self, number: u8, burst: &mut [Slot<'_>]) {
         let mut places: ArrayVec<u8, BURST> = ArrayVec::new();
         let mut vectors: ArrayVec<libc::iovec, BURST> = ArrayVec::new();
         for (i, slot) in burst.iter_mut().enumerate() {
-            if let Verdict::Send { .. } = slot.verdict {
+            if let Verdict::Send { egress, .. } = slot.verdict
+                && egress == number
+            {
                 let frame = slot.frame_mut();
                 places.push(i as u8);
                 vectors.push(libc::iovec { iov_base: frame.as_mut_ptr().cast(), iov_len: frame.len() });
@@ -203,61 +316,72 @@ impl AfPacket {
         Ok(())
     }
 
-    /// Adds what the kernel has dropped since it was last asked.
-    fn ask_missed(&mut self, worker: &mut Worker) -> Result<(), IoError> {
+    /// Asks what the kernel has dropped since it was last asked. Returns what it has dropped in all.
+    fn ask_missed(&mut self) -> Result<u64, IoError> {
         let statistics: libc::tpacket_stats =
             sys::get_option(&self.fd, libc::SOL_PACKET, libc::PACKET_STATISTICS)
                 .map_err(self.error("PACKET_STATISTICS"))?;
         self.missed += u64::from(statistics.tp_drops);
-        worker.set_missed(self.missed);
-        Ok(())
+        Ok(self.missed)
     }
 }
 
 impl PacketIo for AfPacket {
     fn turn(&mut self, worker: &mut Worker, wait: Duration) -> Result<usize, IoError> {
-        let mut received = self.receive()?;
-        if received.is_empty() && !wait.is_zero() {
-            let ready = sys::poll(&self.fd, libc::POLLIN, wait).map_err(self.error("waiting for packets"))?;
-            if ready != 0 {
-                received = self.receive()?;
+        let mut taken = self.serve_all(worker)?;
+        if taken == 0 && !wait.is_zero() {
+            let mut entries: Vec<_> =
+                self.ports.iter().map(|port| sys::poll_entry(&port.fd, libc::POLLIN)).collect();
+            sys::poll_any(&mut entries, wait).map_err(self.ports[0].error("waiting for packets"))?;
+            if entries.iter().any(|entry| entry.revents != 0) {
+                taken = self.serve_all(worker)?;
             }
         }
         self.turns += 1;
-        if received.is_empty() || self.turns >= STATISTICS_EVERY {
+        if taken == 0 || self.turns >= STATISTICS_EVERY {
             self.turns = 0;
             self.ask_missed(worker)?;
-            self.check_interface()?;
+            self.ports.iter().try_for_each(Port::check_interface)?;
         }
-        self.is_down &= received.is_empty();
-        let mut burst: ArrayVec<Slot<'_>, BURST> = ArrayVec::new();
-        for (i, packet) in received.iter().enumerate() {
-            let start = self.buffers.part(i * STRIDE, STRIDE);
-            // SAFETY: within the mapping, parts do not overlap, and while `burst` lives nobody else touches them:
-            // the kernel writes in `receive` only, which takes `self` mutably.
-            let buffer = unsafe { std::slice::from_raw_parts_mut(start.as_ptr(), STRIDE) };
-            let mut slot = Slot::new(buffer, FRAME_START, packet.len);
-            if packet.truncated {
-                slot.verdict = Verdict::Drop(DropReason::TooBig);
-            } else if packet.status & libc::TP_STATUS_VLAN_VALID != 0 {
-                // The kernel has taken a VLAN tag off: not a packet of this interface's network.
-                slot.verdict = Verdict::Pass;
-            } else if packet.status & libc::TP_STATUS_CSUMNOTREADY != 0 {
-                complete_checksum(slot.frame_mut());
-            }
-            burst.push(slot);
-        }
-        worker.decide(0, &mut burst);
-        self.send(&mut burst);
-        worker.settle(&burst);
-        Ok(burst.len())
+        Ok(taken)
     }
 
     fn close(mut self, worker: &mut Worker) -> Result<(), IoError> {
-        // What has been received already is still served; the socket takes no more once it is closed.
+        // What has been received already is still served; a socket takes no more once it is closed.
         self.turn(worker, Duration::ZERO)?;
         self.ask_missed(worker)
     }
+}
+
+/// Length in bytes of both Ethernet addresses, behind which tags stand.
+const ADDRESSES_LEN: usize = 12;
+/// Length in bytes of a VLAN tag.
+const TAG_LEN: usize = 4;
+const _: () = assert!(FRAME_START - TAG_LEN >= pipeline::HEADROOM);
+
+/// Puts a tag back into a frame that lies at `FRAME_START`; the frame then begins before it.
+fn put_tag_back(buffer: &mut [u8], [kind, contents]: [u16; 2]) {
+    buffer.copy_within(FRAME_START..FRAME_START + ADDRESSES_LEN, FRAME_START - TAG_LEN);
+    let tag = &mut buffer[FRAME_START - TAG_LEN + ADDRESSES_LEN..][..TAG_LEN];
+    tag[..2].copy_from_slice(&kind.to_be_bytes());
+    tag[2..].copy_from_slice(&contents.to_be_bytes());
+}
+
+/// A program for the socket that takes IPv4 packets, and those with a VLAN tag that the kernel has not taken off.
+fn taken_packets() -> [libc::sock_filter; 6] {
+    let code =
+        |code: u32, jt, jf, k: i32| libc::sock_filter { code: code as u16, jt, jf, k: k.cast_unsigned() };
+    let load = libc::BPF_LD | libc::BPF_H | libc::BPF_ABS;
+    let equals = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let answer = libc::BPF_RET | libc::BPF_K;
+    [
+        code(load, 0, 0, libc::SKF_AD_OFF + libc::SKF_AD_PROTOCOL),
+        code(equals, 2, 0, libc::ETH_P_IP),
+        code(equals, 1, 0, libc::ETH_P_8021Q),
+        code(equals, 0, 1, libc::ETH_P_8021AD),
+        code(answer, 0, 0, -1),
+        code(answer, 0, 0, 0),
+    ]
 }
 
 /// A message of one vector.
@@ -269,25 +393,25 @@ fn message(vector: &mut libc::iovec) -> libc::mmsghdr {
     message
 }
 
-/// The status word of a packet's `tpacket_auxdata`, 0 if the kernel gave none.
-fn auxiliary_status(header: &libc::msghdr) -> u32 {
+/// The status word of a packet's `tpacket_auxdata`, and the tag in it: zeros if the kernel gave none.
+fn auxiliary(header: &libc::msghdr) -> (u32, [u16; 2]) {
     // SAFETY: the kernel has filled the control buffer and set its length in the header.
     let control = unsafe { libc::CMSG_FIRSTHDR(header) };
     // SAFETY: null, or a whole header within the control buffer, which is aligned for it.
-    let Some(control) = (unsafe { control.as_ref() }) else { return 0 };
+    let Some(control) = (unsafe { control.as_ref() }) else { return Default::default() };
     if (control.cmsg_level, control.cmsg_type) != (libc::SOL_PACKET, libc::PACKET_AUXDATA) {
-        return 0;
+        return Default::default();
     }
     // SAFETY: the message is of the type that this kind of control message carries.
     let data: libc::tpacket_auxdata = unsafe { std::ptr::read_unaligned(libc::CMSG_DATA(control).cast()) };
-    data.tp_status
+    (data.tp_status, [data.tp_vlan_tpid, data.tp_vlan_tci])
 }
 
 /// Completes the TCP or UDP checksum of a packet that was left to a device: the field holds the sum of the
 /// pseudo-header so far.
 fn complete_checksum(frame: &mut [u8]) {
     let Ok(fast::Frame::Flow(packet)) = fast::parse(frame) else { return };
-    let ip = &mut frame[fast::ETHERNET_LEN..][..usize::from(packet.ip_len)];
+    let ip = &mut frame[usize::from(packet.link_len)..][..usize::from(packet.ip_len)];
     let header_len = usize::from(ip[0] & 0x0f) * 4;
     let transport = &mut ip[header_len..];
     let is_udp = packet.flow.protocol == 17;

@@ -15,8 +15,10 @@ pub mod af_packet;
 pub mod af_xdp;
 pub mod filter;
 pub mod memory;
+pub mod open;
 pub mod pcap;
 mod sys;
+pub mod threads;
 pub mod words;
 pub mod xdp;
 

@@ -112,6 +112,8 @@ unsafe impl Plain for libc::sockaddr_xdp {}
 unsafe impl Plain for libc::sockaddr_ll {}
 // SAFETY: see above.
 unsafe impl Plain for libc::tpacket_stats {}
+// SAFETY: see above; the pointer is one of bits to the kernel, and whoever sets the option answers for it.
+unsafe impl Plain for libc::sock_fprog {}
 
 /// Sets a socket option.
 pub fn set_option<T: Plain>(fd: &OwnedFd, level: c_int, name: c_int, value: &T) -> io::Result<()> {
@@ -145,13 +147,28 @@ pub fn bind<A: Plain>(fd: &OwnedFd, address: &A) -> io::Result<()> {
 /// Waits until a socket is ready for `events`, at most this long. Returns what it is ready for; 0 after the time
 /// or a signal.
 pub fn poll(fd: &OwnedFd, events: libc::c_short, wait: Duration) -> io::Result<libc::c_short> {
-    let mut entry = libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+    let mut entries = [poll_entry(fd, events)];
+    poll_any(&mut entries, wait)?;
+    Ok(entries[0].revents)
+}
+
+/// What [`poll_any`] is to wait for.
+pub fn poll_entry(fd: &OwnedFd, events: libc::c_short) -> libc::pollfd {
+    libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 }
+}
+
+/// Waits until one of several sockets is ready, at most this long. Says in `revents` what each is ready for; nothing
+/// after the time or a signal.
+pub fn poll_any(entries: &mut [libc::pollfd], wait: Duration) -> io::Result<()> {
     let wait_ms = wait.as_millis().try_into().unwrap_or(c_int::MAX);
-    // SAFETY: one entry, which lives through the call.
-    let result = unsafe { libc::poll(&raw mut entry, 1, wait_ms) };
+    // SAFETY: as many entries as are said, which live through the call.
+    let result = unsafe { libc::poll(entries.as_mut_ptr(), entries.len() as libc::nfds_t, wait_ms) };
     match check(result.min(0)) {
-        Err(error) if error.kind() != io::ErrorKind::Interrupted => Err(error),
-        _ => Ok(entry.revents),
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => {
+            entries.iter_mut().for_each(|entry| entry.revents = 0);
+            Ok(())
+        }
+        other => other,
     }
 }
 

@@ -16,12 +16,13 @@ use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
 use daisy_node::interface::Interface;
-use daisy_node::xdp::{Attached, Mode};
+use daisy_node::xdp::Attached;
 use daisy_shared::drop::DropReason;
 use daisy_shared::wire::fast;
 use tracing::{info, warn};
 
 use super::filter::Filter;
+use super::open::Request;
 use super::sys::{self, Mapping};
 use super::{FRAME_START, IoError, PacketIo, Worker};
 use crate::pipeline::{BURST, Slot, Verdict};
@@ -47,30 +48,30 @@ const BIND_WAIT: Duration = Duration::from_secs(2);
 /// How many turns may pass before the kernel is asked what it dropped.
 const STATISTICS_EVERY: u32 = 1024;
 
-/// Attaches the XDP program to an interface and opens a socket on each of its receive queues.
+/// Attaches the XDP program to an interface and opens a socket on each of these receive queues.
 ///
 /// # Errors
 /// If the kernel, the driver or the interface's settings do not allow it.
-pub fn open(interface: &Interface, mode: Mode) -> Result<(Filter, Vec<AfXdp>), IoError> {
+pub fn open(request: &Request, queues: &[u32]) -> Result<(Vec<Filter>, Vec<AfXdp>), IoError> {
+    let [interface] = &request.interfaces[..] else {
+        let reason = "af-xdp serves one interface".to_owned();
+        return Err(IoError::Unusable { place: "--interface".to_owned(), reason });
+    };
     let place = format!("interface {}", interface.name);
     if interface.mtu as usize > MAX_IP_LEN {
         let reason = format!("its MTU of {} is above {MAX_IP_LEN}, the most for af-xdp", interface.mtu);
         return Err(IoError::Unusable { place, reason });
     }
-    let queues = sys::receive_queues(&interface.name).map_err(|error| IoError::System {
-        place,
-        what: "asking for its receive queues",
-        error,
-    })?;
     // The program first: drivers give zero-copy queues to interfaces that have one.
-    let mut filter = Filter::attach(interface, queues, mode)?;
+    let count = queues.iter().max().map_or(0, |last| last + 1);
+    let mut filter = Filter::attach(interface, count, request.xdp_mode)?;
     let mut sockets = Vec::new();
-    for queue in 0..queues {
-        let socket = AfXdp::open(interface, queue, filter.attached())?;
-        filter.set_socket(queue, &socket.fd)?;
+    for queue in queues {
+        let socket = AfXdp::open(interface, *queue, filter.attached())?;
+        filter.set_socket(*queue, &socket.fd)?;
         sockets.push(socket);
     }
-    Ok((filter, sockets))
+    Ok((vec![filter], sockets))
 }
 
 /// Where a frame is.

@@ -1,0 +1,336 @@
+//! Choosing how packets are moved, and opening it on all of the mux's interfaces.
+//!
+//! A new way of moving packets is one variant of [`Kind`], one line in each of its tables ([`Kind::uses`],
+//! [`Kind::why`], [`AUTO`]), and one arm of [`open_kind`].
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::ValueEnum;
+use daisy_node::interface::Interface;
+use daisy_node::xdp::Mode;
+use nix::sched::{CpuSet, sched_getaffinity};
+use nix::unistd::Pid;
+use tracing::info;
+
+use super::af_packet::AfPacket;
+use super::af_xdp;
+use super::filter::Filter;
+use super::threads::Job;
+use super::{IoError, sys};
+
+/// How packets are moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Kind {
+    /// The best that the interfaces support.
+    Auto,
+    /// AF_XDP sockets on receive queues, behind an XDP program.
+    AfXdp,
+    /// Raw packet sockets.
+    AfPacket,
+}
+
+/// What `auto` tries, best first.
+const AUTO: [Kind; 2] = [Kind::AfXdp, Kind::AfPacket];
+
+/// A flag that not every kind has a use for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flag {
+    Cores,
+    Queues,
+    BusyPoll,
+    Copy,
+    XdpMode,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Auto => "auto",
+            Kind::AfXdp => "af-xdp",
+            Kind::AfPacket => "af-packet",
+        })
+    }
+}
+
+impl Kind {
+    /// Whether a flag means anything to this kind.
+    fn uses(self, flag: Flag) -> bool {
+        match self {
+            Kind::Auto => true,
+            Kind::AfXdp => true,
+            Kind::AfPacket => flag == Flag::Cores,
+        }
+    }
+
+    /// Why `auto` takes it where it can.
+    fn why(self) -> &'static str {
+        match self {
+            Kind::Auto => "it was not asked for more",
+            Kind::AfXdp => "packets come from the driver past the kernel's stack",
+            Kind::AfPacket => "it works on every interface",
+        }
+    }
+}
+
+/// Whether frames are copied between the driver and the memory that it shares with the mux.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Copy {
+    /// Where the driver cannot do without.
+    #[default]
+    Auto,
+    /// Never; an error where the driver cannot do without.
+    Zero,
+    /// Always.
+    Copy,
+}
+
+/// A list of small numbers, such as `0,2-3`: ascending, each once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct List(Vec<u32>);
+
+/// Not a list of numbers.
+#[derive(Debug, thiserror::Error)]
+pub enum BadList {
+    /// It is not written as a list is.
+    #[error("{0:?} is not a list of numbers such as 0,2-3")]
+    Syntax(String),
+    /// A number is too large to mean anything.
+    #[error("{0} is above {max}", max = List::MAX)]
+    Large(u32),
+    /// A number is there more than once.
+    #[error("{0} is named twice")]
+    Twice(u32),
+}
+
+impl List {
+    /// The largest number in a list.
+    const MAX: u32 = 4095;
+
+    /// The numbers.
+    pub fn numbers(&self) -> &[u32] {
+        &self.0
+    }
+}
+
+impl FromStr for List {
+    type Err = BadList;
+
+    fn from_str(text: &str) -> Result<List, BadList> {
+        let syntax = || BadList::Syntax(text.to_owned());
+        let number = |text: &str| {
+            let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+            text.parse::<u32>().ok().filter(|_| digits).ok_or_else(syntax)
+        };
+        let mut numbers = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = match part.split_once('-') {
+                Some((first, last)) => (number(first)?, number(last)?),
+                None => (number(part)?, number(part)?),
+            };
+            if first > last {
+                return Err(syntax());
+            }
+            if last > List::MAX {
+                return Err(BadList::Large(last));
+            }
+            numbers.extend(first..=last);
+        }
+        numbers.sort_unstable();
+        match numbers.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => Err(BadList::Twice(pair[0])),
+            None => Ok(List(numbers)),
+        }
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// How packets are moved.
+    pub kind: Kind,
+    /// The mux's interfaces, by number.
+    pub interfaces: Vec<Interface>,
+    /// The processors that I/O threads run on, one on each.
+    pub cores: Option<List>,
+    /// The receive queues that are served, on each interface.
+    pub queues: Option<List>,
+    /// How long the kernel polls a device for packets instead of waiting for its interrupt.
+    pub busy_poll: Option<Duration>,
+    /// Whether frames may or must be copied.
+    pub copy: Copy,
+    /// Where XDP programs run.
+    pub xdp_mode: Mode,
+}
+
+/// Packet I/O, open.
+pub struct Opened {
+    /// How packets are moved.
+    pub kind: Kind,
+    /// What I/O threads do.
+    pub jobs: Vec<Job>,
+    /// The XDP programs in front of AF_XDP sockets, one on each interface.
+    pub filters: Vec<Filter>,
+}
+
+/// Opens packet I/O on all interfaces.
+///
+/// # Errors
+/// If what is asked for contradicts itself, or cannot be had here.
+pub fn open(request: &Request) -> Result<Opened, IoError> {
+    check_interfaces(&request.interfaces)?;
+    if let Some(cores) = &request.cores {
+        check_cores(cores)?;
+    }
+    if request.kind != Kind::Auto {
+        return open_kind(request.kind, request);
+    }
+    let mut last = None;
+    for kind in AUTO {
+        match open_kind(kind, request) {
+            Ok(opened) => {
+                info!(io = %kind, why = kind.why(), "packet I/O chosen");
+                return Ok(opened);
+            }
+            Err(error) => {
+                info!(io = %kind, reason = %error, "packet I/O not chosen");
+                last = Some(error);
+            }
+        }
+    }
+    let reason = last.map_or_else(String::new, |error| error.to_string());
+    Err(unusable("--io auto", format!("nothing works here; the last that was tried: {reason}")))
+}
+
+/// Opens one kind of packet I/O, which is not `auto`.
+fn open_kind(kind: Kind, request: &Request) -> Result<Opened, IoError> {
+    check_flags(kind, request)?;
+    let (jobs, filters) = match kind {
+        Kind::Auto => return Err(unusable("--io auto", "is no kind of its own".to_owned())),
+        Kind::AfXdp => {
+            let (filters, threads) = af_xdp::open(request, &queues(request)?)?;
+            (jobs(threads, request), filters)
+        }
+        Kind::AfPacket => {
+            let threads = request.cores.as_ref().map_or(1, |cores| cores.numbers().len());
+            (jobs(AfPacket::open(&request.interfaces, threads)?, request), Vec::new())
+        }
+    };
+    Ok(Opened { kind, jobs, filters })
+}
+
+/// One job for each thread, on the cores that were asked for.
+fn jobs(threads: Vec<impl super::PacketIo + Send + 'static>, request: &Request) -> Vec<Job> {
+    let mut cores = request.cores.iter().flat_map(|cores| cores.numbers().iter().copied());
+    threads.into_iter().map(|io| Job::new(io, cores.next())).collect()
+}
+
+/// The receive queues that are served, the same on each interface.
+fn queues(request: &Request) -> Result<Vec<u32>, IoError> {
+    let mut first: Option<(&str, u32)> = None;
+    for Interface { name, .. } in &request.interfaces {
+        let place = || format!("interface {name}");
+        let count = sys::receive_queues(name).map_err(|error| IoError::System {
+            place: place(),
+            what: "asking for its receive queues",
+            error,
+        })?;
+        if let Some(beyond) = request.queues.iter().flat_map(List::numbers).find(|queue| **queue >= count) {
+            let reason = format!("--queues names queue {beyond}, and it has {count}, from 0 on");
+            return Err(unusable(&place(), reason));
+        }
+        match first {
+            None => first = Some((name, count)),
+            Some((other, others)) if request.queues.is_none() && others != count => {
+                let reason = format!(
+                    "has {count} receive queues, and interface {other} has {others}; say with --queues which are \
+                     served on each, or make them equal (ethtool -L)"
+                );
+                return Err(unusable(&place(), reason));
+            }
+            Some(_) => {}
+        }
+    }
+    let count = first.map_or(0, |(_, count)| count);
+    let queues = request.queues.as_ref().map_or_else(|| (0..count).collect(), |list| list.numbers().to_vec());
+    if let Some(cores) = request.cores.as_ref().filter(|cores| cores.numbers().len() > queues.len()) {
+        let (cores, queues) = (cores.numbers().len(), queues.len());
+        let reason = format!("{cores} cores are more than the {queues} receive queues that are served");
+        return Err(unusable("--cores", reason));
+    }
+    Ok(queues)
+}
+
+fn check_interfaces(interfaces: &[Interface]) -> Result<(), IoError> {
+    for (i, Interface { name, index, .. }) in interfaces.iter().enumerate() {
+        if interfaces[..i].iter().any(|other| other.index == *index) {
+            return Err(unusable(&format!("interface {name}"), "is given twice".to_owned()));
+        }
+    }
+    if interfaces.len() > usize::from(u8::MAX) {
+        return Err(unusable("--interface", format!("{} interfaces are too many", interfaces.len())));
+    }
+    Ok(())
+}
+
+/// Whether threads may run on these processors.
+fn check_cores(cores: &List) -> Result<(), IoError> {
+    let system = |error: nix::Error| IoError::System {
+        place: "--cores".to_owned(),
+        what: "asking for the processors of this process",
+        error: error.into(),
+    };
+    let allowed = sched_getaffinity(Pid::from_raw(0)).map_err(system)?;
+    let may = |core: u32| allowed.is_set(core as usize).unwrap_or(false);
+    let Some(core) = cores.numbers().iter().copied().find(|core| !may(*core)) else { return Ok(()) };
+    let usable: Vec<_> =
+        (0..CpuSet::count() as u32).filter(|core| may(*core)).map(|c| c.to_string()).collect();
+    let exists = std::path::Path::new(&format!("/sys/devices/system/cpu/cpu{core}")).exists();
+    let problem = if exists { "is not allowed for this process" } else { "does not exist" };
+    Err(unusable("--cores", format!("core {core} {problem}; there are {}", usable.join(","))))
+}
+
+/// Whether the kind has a use for every flag that was given.
+fn check_flags(kind: Kind, request: &Request) -> Result<(), IoError> {
+    let given = [
+        (Flag::Cores, "--cores", request.cores.is_some()),
+        (Flag::Queues, "--queues", request.queues.is_some()),
+        (Flag::BusyPoll, "--busy-poll", request.busy_poll.is_some()),
+        (Flag::Copy, "--copy", request.copy != Copy::Auto),
+        (Flag::XdpMode, "--xdp-mode", request.xdp_mode != Mode::Auto),
+    ];
+    match given.into_iter().find(|(flag, _, is_given)| *is_given && !kind.uses(*flag)) {
+        Some((_, name, _)) => Err(unusable(name, format!("means nothing to --io {kind}"))),
+        None => Ok(()),
+    }
+}
+
+fn unusable(place: &str, reason: String) -> IoError {
+    IoError::Unusable { place: place.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_read() {
+        for (text, numbers) in [("0", &[0][..]), ("0,2-3", &[0, 2, 3]), ("7-7,1", &[1, 7])] {
+            assert_eq!(text.parse::<List>().unwrap().numbers(), numbers);
+        }
+        for (text, reason) in [
+            ("", "is not a list"),
+            ("a", "is not a list"),
+            ("0,", "is not a list"),
+            ("+1", "is not a list"),
+            ("1-", "is not a list"),
+            ("3-2", "is not a list"),
+            ("0-4294967295", "4294967295 is above 4095"),
+            ("1,0-2", "1 is named twice"),
+        ] {
+            let error = text.parse::<List>().unwrap_err().to_string();
+            assert!(error.contains(reason), "{text}: {error}");
+        }
+    }
+}

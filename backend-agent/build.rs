@@ -32,7 +32,18 @@ fn compile(source: &Path, object: &Path, include: &Path) {
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets CARGO_CFG_TARGET_ARCH");
     for compiler in COMPILERS {
         let run = Command::new(compiler)
-            .args(["-g", "-O2", "-Wall", "-Werror", "-target", "bpf", "-mcpu=v3", "-c"])
+            .args([
+                "-g",
+                "-O2",
+                "-Wall",
+                "-Werror",
+                "-fno-strict-aliasing",
+                "-target",
+                "bpf",
+                "-mcpu=v3",
+                "-c",
+            ])
+            .arg(format!("-D__TARGET_ARCH_{arch}"))
             .arg(source)
             .arg("-o")
             .arg(object)
@@ -70,6 +81,8 @@ fn constants() -> String {
         ("GUE_HLEN_MASK", usize::from(gue::HLEN_MASK)),
         ("GUE_FLAG_RETURNED", usize::from(gue::FLAG_RETURNED)),
         ("OUTER_LEN", outer::LEN),
+        ("SOURCE_PORT_BASE", usize::from(outer::SOURCE_PORT_BASE)),
+        ("SOURCE_PORT_SHIFT", outer::SOURCE_PORT_SHIFT as usize),
         ("OUTER_TTL", usize::from(outer::TTL)),
         ("PROBE_LEN", probe::LEN),
         ("PROBE_CTYPE", usize::from(probe::CTYPE)),
@@ -80,6 +93,8 @@ fn constants() -> String {
         ("BATCH_MAX", layout::BATCH_MAX),
         ("OP_INSTALL", usize::from(layout::OP_INSTALL)),
         ("OP_CLEAR", usize::from(layout::OP_CLEAR)),
+        ("BENCH_FRAME_LEN", layout::BENCH_FRAME_LEN),
+        ("BENCH_FRAMES", layout::BENCH_FRAMES),
         ("COUNTER_COUNT", layout::COUNTER_COUNT),
         ("FIRST_SEND", layout::SENDS.start),
         ("FIRST_DROP", layout::COUNTERS.len()),
@@ -88,6 +103,8 @@ fn constants() -> String {
     }
     for (name, value) in [
         ("LEN_SHIFT", layout::LEN_SHIFT),
+        ("WRITES_SHIFT", layout::WRITES_SHIFT),
+        ("LINK_IPIP", layout::LINK_IPIP),
         ("PEER_RESOLVED", layout::PEER_RESOLVED),
         ("PEER_DEAD", layout::PEER_DEAD),
         ("MAX_SERVICES", layout::MAX_SERVICES),

@@ -10,24 +10,6 @@
 #include "install.h"
 #include "mss.h"
 
-/* Where the outer headers of a frame stand. */
-struct outer {
-	struct ethernet *ethernet;
-	struct ipv4 *ip;
-	struct udp *udp;
-};
-
-INLINE struct outer outer_of(void *data)
-{
-	struct outer outer = {
-		.ethernet = data,
-		.ip = data + ETHERNET_LEN,
-		.udp = data + ETHERNET_LEN + IPV4_LEN,
-	};
-
-	return outer;
-}
-
 /* A probe as two words: daisy_shared::wire::probe. The nonce follows. */
 struct probe {
 	struct gue gue;
@@ -35,170 +17,192 @@ struct probe {
 	__u8 zero[3];
 };
 
-INLINE int is_probe(const struct outer *outer, const void *end, __u8 kind)
+/* Whether the datagram is a probe of this kind. */
+INLINE int is_probe(const struct udp *udp, const void *end, __u8 kind)
 {
-	const struct probe *probe = (const void *)(outer->udp + 1);
+	const struct probe *probe = (const void *)(udp + 1);
 
-	return outer->udp->len == bpf_htons(UDP_LEN + PROBE_LEN) && (const void *)probe + PROBE_LEN <= end &&
+	return udp->len == bpf_htons(UDP_LEN + PROBE_LEN) && (const void *)probe + PROBE_LEN <= end &&
 	       probe->gue.first == GUE_CONTROL_BIT && probe->gue.protocol == PROBE_CTYPE && probe->gue.flags == 0 &&
 	       probe->kind == kind && !probe->zero[0] && !probe->zero[1] && !probe->zero[2];
 }
 
 /* Turns a probe into its answer. */
-INLINE void answer_probe(const struct outer *outer)
+INLINE void answer_probe(struct ethernet *ethernet, struct ipv4 *ip, struct udp *udp)
 {
-	struct probe *probe = (void *)(outer->udp + 1);
-	struct ethernet ethernet = *outer->ethernet;
-	__be32 address = outer->ip->source;
-	__be16 port = outer->udp->source;
+	struct probe *probe = (void *)(udp + 1);
+	struct ethernet saved = *ethernet;
+	__be32 address = ip->source;
+	__be16 port = udp->source;
 
-	__builtin_memcpy(outer->ethernet->destination, ethernet.source, 6);
-	__builtin_memcpy(outer->ethernet->source, ethernet.destination, 6);
+	__builtin_memcpy(ethernet->destination, saved.source, 6);
+	__builtin_memcpy(ethernet->source, saved.destination, 6);
 	/* The header's checksum does not change when the addresses change places. */
-	outer->ip->source = outer->ip->destination;
-	outer->ip->destination = address;
-	outer->udp->source = outer->udp->destination;
-	outer->udp->destination = port;
-	outer->udp->checksum = 0;
+	ip->source = ip->destination;
+	ip->destination = address;
+	udp->source = udp->destination;
+	udp->destination = port;
+	udp->checksum = 0;
 	probe->kind = PROBE_REPLY;
 }
 
 /*
- * Strips the outer headers, for the local stack. The frame keeps its link-layer addresses, by which the kernel
- * tells its own frames from those it only overhears.
+ * Strips the `strip` bytes of outer headers, for the local stack. The frame keeps its link-layer addresses, by
+ * which the kernel tells its own frames from those it only overhears.
  */
-INLINE __u32 decapsulate(struct xdp_md *ctx, const struct ethernet *ethernet, __u32 gue_len, __u32 outcome)
+INLINE __u32 decapsulate(struct xdp_md *ctx, struct ethernet *ethernet, __u32 strip, __u32 outcome)
 {
-	struct ethernet saved = *ethernet, *to;
+	void *to = (void *)ethernet + strip;
 
-	if (bpf_xdp_adjust_head(ctx, OUTER_LEN + gue_len))
+	if (to + ETHERNET_LEN > (void *)(long)ctx->data_end)
 		return DROP_NO_HEADROOM;
-	to = (void *)(long)ctx->data;
-	if ((void *)(to + 1) > (void *)(long)ctx->data_end)
+	/* The headers are longer than an Ethernet header: the copy does not reach what it reads. */
+	copy_ethernet(to, ethernet);
+	if (bpf_xdp_adjust_head(ctx, strip))
 		return DROP_NO_HEADROOM;
-	*to = saved;
 	return outcome;
 }
 
-/* Rewrites the outer headers for the next owner: daisy_shared::wire::outer. */
-INLINE __u32 forward(struct xdp_md *ctx, struct scratch *s, const struct outer *from, __u32 payload_len,
-		     __u32 gue_len, __u32 outcome)
+/*
+ * Puts outer headers for the next owner, with a walk, in the place of the `strip` bytes of those that came:
+ * daisy_shared::wire::outer.
+ */
+INLINE __u32 forward(struct xdp_md *ctx, const struct link *config, const struct peer *peer,
+		     const struct onward *on, const __u32 list[MAX_OWNERS], __u32 strip, __u32 inner_len,
+		     __u32 outcome)
 {
-	__u32 new_gue_len = GUE_BASE_LEN + GUE_WALK_BASE_LEN + 4 * s->out.len;
-	__u32 ip_len = OUTER_LEN + payload_len - gue_len + new_gue_len;
-	__u32 zero = 0, next = s->next;
-	__u16 source_port = from->udp->source;
-	__u8 tos = from->ip->tos;
-	struct link *config = bpf_map_lookup_elem(&link, &zero);
-	struct outer to;
-	void *data, *end;
+	__u32 gue_len = GUE_BASE_LEN + GUE_WALK_BASE_LEN + 4 * on->owners;
+	__u32 ip_len = OUTER_LEN + gue_len + inner_len, next = on->next;
+	struct ethernet *ethernet;
+	struct ipv4 *ip;
+	struct udp *udp;
+	void *data;
 
-	if (!config || ip_len > config->mtu)
+	if (ip_len > config->mtu)
 		return DROP_TOO_BIG;
-	if (!(s->peer.flags & PEER_RESOLVED)) {
+	if (!peer || !(peer->flags & PEER_RESOLVED)) {
 		/* If the buffer is full, a later packet asks. */
 		bpf_ringbuf_output(&wanted, &next, sizeof(next), 0);
 		return DROP_NO_NEXT_HOP;
 	}
-	if (bpf_xdp_adjust_head(ctx, (int)gue_len - (int)new_gue_len))
+	if (bpf_xdp_adjust_head(ctx, (int)strip - (int)(OUTER_LEN + gue_len)))
 		return DROP_NO_HEADROOM;
 	data = (void *)(long)ctx->data;
-	end = (void *)(long)ctx->data_end;
-	if (data + GUE_AT > end)
+	/* However short the walk is, the headers of IPv4 and TCP behind it are longer than the longest list. */
+	if (data + OWNERS_AT + 4 * MAX_OWNERS > (void *)(long)ctx->data_end)
 		return DROP_NO_HEADROOM;
-	to = outer_of(data);
-	__builtin_memcpy(to.ethernet->destination, s->peer.destination, 6);
-	__builtin_memcpy(to.ethernet->source, s->peer.source, 6);
-	to.ethernet->type = bpf_htons(ETHERTYPE_IPV4);
-	to.ip->version_ihl = 0x45;
-	to.ip->tos = tos;
-	to.ip->len = bpf_htons(ip_len);
-	to.ip->id = 0;
-	to.ip->fragment = bpf_htons(0x4000);
-	to.ip->ttl = OUTER_TTL;
-	to.ip->protocol = PROTOCOL_UDP;
-	to.ip->checksum = 0;
-	to.ip->source = my_address;
-	to.ip->destination = next;
-	to.ip->checksum = ~fold(sum_ipv4(to.ip));
-	to.udp->source = source_port;
-	to.udp->destination = gue_port;
-	to.udp->len = bpf_htons(ip_len - IPV4_LEN);
-	to.udp->checksum = 0;
-	if (emit_walk(data, end, s->out.owner, s->out.len, s->out_visited, s->known_generation, s->out_hops,
-		      s->out_returned))
-		return DROP_NO_HEADROOM;
+	ethernet = data;
+	ip = data + ETHERNET_LEN;
+	udp = data + ETHERNET_LEN + IPV4_LEN;
+	copy_address(ethernet->destination, peer->destination);
+	copy_address(ethernet->source, peer->source);
+	ethernet->type = bpf_htons(ETHERTYPE_IPV4);
+	ip->version_ihl = 0x45;
+	ip->tos = on->tos;
+	ip->len = bpf_htons(ip_len);
+	ip->id = 0;
+	ip->fragment = bpf_htons(0x4000);
+	ip->ttl = OUTER_TTL;
+	ip->protocol = PROTOCOL_UDP;
+	ip->checksum = 0;
+	ip->source = my_address;
+	ip->destination = next;
+	ip->checksum = ~fold(sum_ipv4(ip));
+	udp->source = on->source_port;
+	udp->destination = gue_port;
+	udp->len = bpf_htons(ip_len - IPV4_LEN);
+	udp->checksum = 0;
+	emit_walk(data, list, on->owners, on->visited, on->generation, on->hops, on->returned);
 	return outcome;
 }
 
-/* The word of a bucket that this agent has to itself, but for its generation. */
-#define CLOSED_WINDOW (FLAG_KNOWN | FLAG_FROM_TABLE | FLAG_HEAD_IS_ME | 1ULL << LEN_SHIFT)
+/* The word of a bucket that this agent has to itself, but for its generation and the count of its writes. */
+#define CLOSED_WINDOW ((FLAG_KNOWN | FLAG_FROM_TABLE | FLAG_HEAD_IS_ME | 1ULL << LEN_SHIFT) >> LEN_SHIFT)
 
 /* What happens to a packet: returns the counter that it ends in. */
 INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
-	struct outer outer = outer_of(data);
-	struct service_key service_key = {};
+	struct ethernet *ethernet = data;
+	struct ipv4 *ip = data + ETHERNET_LEN;
+	struct udp *udp = data + ETHERNET_LEN + IPV4_LEN;
+	__u32 known[MAX_OWNERS], ip_len, strip, inner_len, index, reason, zero = 0, outcome, is_gue;
+	struct link *config = bpf_map_lookup_elem(&link, &zero);
 	struct service *service;
 	struct knowledge *entry;
+	struct onward on = {};
+	struct peer *peer;
 	struct inner inner;
 	struct walk walk;
 	struct scratch *s;
 	enum kind kind;
-	__u64 word;
-	__u32 ip_len, udp_len, payload_len, index, reason, zero = 0, outcome;
+	__u64 word, hash;
 
-	/* Is it for the data path? Options and fragments never are: no daisy sends them. */
-	if (data + GUE_AT > end || outer.ethernet->type != bpf_htons(ETHERTYPE_IPV4) ||
-	    outer.ip->version_ihl != 0x45 || outer.ip->protocol != PROTOCOL_UDP ||
-	    outer.ip->destination != my_address || (outer.ip->fragment & bpf_htons(0x3fff)) ||
-	    outer.udp->destination != gue_port)
+	/*
+	 * Is it for the data path? Options and fragments never are: no daisy sends them. Nor is IPIP, as long as no
+	 * service here travels by it: the host may have tunnels of its own.
+	 */
+	if (!config || (void *)(ip + 1) > end || ethernet->type != bpf_htons(ETHERTYPE_IPV4) ||
+	    ip->version_ihl != 0x45 || ip->destination != my_address || (ip->fragment & bpf_htons(0x3fff)))
 		return PASSED;
-	/* The answer to a probe is for the daemon that asked. */
-	if (is_probe(&outer, end, PROBE_REPLY))
+	is_gue = ip->protocol == PROTOCOL_UDP;
+	/* Keeps the compiler from asking the packet again, for the verifier knows only this answer. */
+	asm volatile("" : "+r"(is_gue));
+	if (is_gue) {
+		if ((void *)(udp + 1) > end || udp->destination != gue_port)
+			return PASSED;
+		/* The answer to a probe is for the daemon that asked. */
+		if (is_probe(udp, end, PROBE_REPLY))
+			return PASSED;
+	} else if (ip->protocol != PROTOCOL_IPV4 || !(config->flags & LINK_IPIP)) {
 		return PASSED;
+	}
 	counters->count[RECEIVED]++;
 
-	if (!is_trusted(outer.ip->source))
+	if (!is_trusted(config, ip->source))
 		return DROP_UNTRUSTED_SOURCE;
 
 	/* The outer headers, as daisy_shared::wire::fast::parse reads them. */
-	ip_len = bpf_ntohs(outer.ip->len);
-	udp_len = bpf_ntohs(outer.udp->len);
+	ip_len = bpf_ntohs(ip->len);
 	if (ip_len < IPV4_LEN)
 		return DROP_BAD_IP_HEADER;
 	if (ip_len > (__u32)(end - data) - ETHERNET_LEN)
 		return DROP_TRUNCATED;
-	if (fold(sum_ipv4(outer.ip)) != 0xffff)
+	if (fold(sum_ipv4(ip)) != 0xffff)
 		return DROP_BAD_IP_CHECKSUM;
-	if (udp_len < UDP_LEN || udp_len + IPV4_LEN > ip_len)
-		return DROP_BAD_TRANSPORT_HEADER;
-	payload_len = udp_len - UDP_LEN;
+	if (is_gue) {
+		__u32 udp_len = bpf_ntohs(udp->len);
 
-	if (is_probe(&outer, end, PROBE_REQUEST)) {
-		answer_probe(&outer);
-		return PROBES_ANSWERED;
+		if (udp_len < UDP_LEN || udp_len + IPV4_LEN > ip_len)
+			return DROP_BAD_TRANSPORT_HEADER;
+		if (is_probe(udp, end, PROBE_REQUEST)) {
+			answer_probe(ethernet, ip, udp);
+			return PROBES_ANSWERED;
+		}
+		reason = parse_walk(&walk, data, end, udp_len - UDP_LEN);
+		if (reason)
+			return reason;
+		strip = OUTER_LEN + walk.header_len;
+		inner_len = udp_len - UDP_LEN - walk.header_len;
+	} else {
+		no_walk(&walk);
+		strip = IPV4_LEN;
+		inner_len = ip_len - IPV4_LEN;
 	}
 
-	/* The walk, the inner packet, its service and its bucket. */
-	reason = parse_walk(&walk, data, end, payload_len);
+	/* The inner packet, its service and its bucket. */
+	reason = parse_inner(&inner, data + ETHERNET_LEN + strip, inner_len, end);
 	if (reason)
 		return reason;
-	reason = parse_inner(&inner, data + GUE_AT + walk.header_len, payload_len - walk.header_len, end);
-	if (reason)
-		return reason;
-	service_key.vip = inner.ip->destination;
-	service_key.port = inner.tcp->destination;
-	service_key.protocol = PROTOCOL_TCP;
-	service = bpf_map_lookup_elem(&services, &service_key);
+	service = find_service(inner.ip->destination, inner.tcp->destination);
 	if (!service)
 		return DROP_UNKNOWN_SERVICE;
 	outcome = inner.is_syn ? ACCEPTED : DELIVERED;
 	if (!chaining)
-		return decapsulate(ctx, outer.ethernet, walk.header_len, outcome);
-	index = service->base + ((__u32)flow_hash(service->key, &inner) & service->mask);
+		return decapsulate(ctx, ethernet, strip, outcome);
+	hash = flow_hash(service->key, &inner);
+	index = service->base + ((__u32)hash & service->mask);
 	entry = bpf_map_lookup_elem(&knowledge, &index);
 	if (!entry)
 		return DROP_UNKNOWN_BUCKET;
@@ -208,15 +212,36 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	 * accepted, delivered or answered; the local stack does the right one of these by itself.
 	 */
 	word = *(volatile __u64 *)&entry->word;
-	if (word >> LEN_SHIFT == CLOSED_WINDOW >> LEN_SHIFT && !teaches(&walk, word) &&
+	if ((__u16)(word >> LEN_SHIFT) == CLOSED_WINDOW && !teaches(&walk, word) &&
 	    (is_newer((__u32)word, walk.generation) ||
 	     (walk.visited == walk.owners && walk.visited < MAX_OWNERS)))
-		return decapsulate(ctx, outer.ethernet, walk.header_len, outcome);
+		return decapsulate(ctx, ethernet, strip, outcome);
 
-	/* Rule 1: a packet with a local connection is delivered, but even that one teaches. */
-	kind = kind_of(ctx, &inner);
+	on.source_port = is_gue ? udp->source : bpf_htons(SOURCE_PORT_BASE | hash >> SOURCE_PORT_SHIFT);
+	on.tos = ip->tos;
+	if (!teaches(&walk, word) && read_known(entry, word, known)) {
+		/* A SYN is back, and everybody has looked: the local stack has it already, or accepts it. */
+		if (inner.is_syn && is_back(&walk, word, known, data, end))
+			return decapsulate(ctx, ethernet, strip, ACCEPTED);
+		kind = kind_of(ctx, &inner);
+		/* Rule 1: a packet with a local connection is delivered. */
+		if (kind == MATCHED)
+			return decapsulate(ctx, ethernet, strip, DELIVERED);
+		outcome = walk_plainly(&on, known, &walk, word, kind, data, end);
+		if (outcome == ANSWERED)
+			return decapsulate(ctx, ethernet, strip, ANSWERED);
+		if (outcome) {
+			peer = bpf_map_lookup_elem(&peers, &on.next);
+			if (outcome == RETURNED || !peer || !(peer->flags & PEER_DEAD))
+				return forward(ctx, config, peer, &on, known, strip, inner_len, outcome);
+		}
+	} else {
+		kind = kind_of(ctx, &inner);
+	}
+
+	/* What is rare: something to learn, or a walk out of the ordinary. Even a packet that is delivered teaches. */
 	if (kind == MATCHED && !teaches(&walk, word))
-		return decapsulate(ctx, outer.ethernet, walk.header_len, DELIVERED);
+		return decapsulate(ctx, ethernet, strip, DELIVERED);
 	s = bpf_map_lookup_elem(&scratch, &zero);
 	if (!s)
 		return DROP_UNKNOWN_BUCKET;
@@ -225,7 +250,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	if (reason == LEARNED)
 		counters->count[LEARNED]++;
 	if (kind == MATCHED)
-		return decapsulate(ctx, outer.ethernet, walk.header_len, DELIVERED);
+		return decapsulate(ctx, ethernet, strip, DELIVERED);
 	if (reason >= FIRST_DROP)
 		return reason;
 	if (!s->is_known)
@@ -233,9 +258,16 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	outcome = walk_on(s, &walk, kind);
 	if (outcome >= FIRST_DROP)
 		return outcome;
-	if (outcome >= FIRST_SEND)
-		return forward(ctx, s, &outer, payload_len, walk.header_len, outcome);
-	return decapsulate(ctx, outer.ethernet, walk.header_len, outcome);
+	if (outcome < FIRST_SEND)
+		return decapsulate(ctx, ethernet, strip, outcome);
+	on.next = s->next;
+	on.owners = s->out.len;
+	on.visited = s->out_visited;
+	on.generation = s->known_generation;
+	on.hops = s->out_hops;
+	on.returned = s->out_returned;
+	peer = bpf_map_lookup_elem(&peers, &on.next);
+	return forward(ctx, config, peer, &on, s->out.owner, strip, inner_len, outcome);
 }
 
 SEC("xdp")

@@ -37,8 +37,6 @@ struct scratch {
 	__u32 out_returned;
 	__u32 out_hops;
 	__u32 next;
-	/* The next owner; all zero if it is not known. */
-	struct peer peer;
 };
 
 struct {
@@ -85,17 +83,12 @@ INLINE int push_new(struct list *list, __u32 owner)
 	return contains(list, owner) || push(list, owner);
 }
 
-/* Looks a peer up, for `forward`; returns whether it has been declared dead. */
-INLINE __u32 find_peer(struct scratch *s, __u32 address)
+/* Whether an owner has been declared dead. */
+INLINE __u32 is_dead(__u32 address)
 {
-	struct peer *peer = bpf_map_lookup_elem(&peers, &address);
+	const struct peer *peer = bpf_map_lookup_elem(&peers, &address);
 
-	if (!peer) {
-		s->peer.flags = 0;
-		return 0;
-	}
-	s->peer = *peer;
-	return s->peer.flags & PEER_DEAD;
+	return peer && (peer->flags & PEER_DEAD);
 }
 
 /* Copies the addresses that the packet lists. */
@@ -207,10 +200,11 @@ INLINE __u32 learn(struct knowledge *entry, struct scratch *s, const struct walk
 			       walk->generation;
 			if (s->taught.owner[0] == my_address)
 				word |= FLAG_HEAD_IS_ME;
+			begin_write(entry);
 #pragma unroll
 			for (i = 0; i < MAX_OWNERS; i++)
 				entry->owners[i] = s->taught.owner[i];
-			entry->word = word;
+			end_write(entry, word);
 		}
 	}
 	copy_knowledge(s, entry);
@@ -260,7 +254,7 @@ __attribute__((noinline)) int walk_on(struct scratch *s, struct walk *walk, __u3
 		}
 	} else if (head != my_address) {
 		/* Rule 2: start anew at the head. */
-		if (!find_peer(s, head)) {
+		if (!is_dead(head)) {
 			for (i = 1; i < MAX_OWNERS && i < s->known.len; i++)
 				push(&s->out, s->known.owner[i]);
 			return send_to(s, head, 0, walk->hops, SENT_ON);
@@ -285,7 +279,7 @@ __attribute__((noinline)) int walk_on(struct scratch *s, struct walk *walk, __u3
 		push(&s->out, s->visited.owner[i]);
 	for (i = 0; i < MAX_OWNERS && i < s->pending.len; i++) {
 		owner = s->pending.owner[i];
-		if (find_peer(s, owner)) {
+		if (is_dead(owner)) {
 			/* Skipped, and still to visit. */
 			push(&s->out, owner);
 			continue;
@@ -305,6 +299,109 @@ __attribute__((noinline)) int walk_on(struct scratch *s, struct walk *walk, __u3
 	head = s->visited.owner[0];
 	if (head == my_address)
 		return DROP_WALK_CONTRADICTS;
-	find_peer(s, head);
 	return send_to(s, head, s->visited.len, walk->hops, RETURNED);
+}
+
+/* What a packet is sent on with. */
+struct onward {
+	__u32 next;
+	/* The walk to write: how many owners its list has, and how many of them have been visited. */
+	__u32 owners;
+	__u32 visited;
+	__u32 generation;
+	__u32 hops;
+	__u32 returned;
+	/* From the outer headers that came. */
+	__be16 source_port;
+	__u8 tos;
+};
+
+/*
+ * `walk_on` for what is common: the packet lists the chain that is known in its order, without this agent, or as
+ * many owners of it as its mux knew; or its walk starts anew. Then the next owner is the one behind this agent, and the
+ * walk is the chain without it. Nobody stands twice in what is known: controllers see to it, and so does learning.
+ *
+ * Returns what `walk_on` would, with the walk's list in `known`; or 0 where it would have to look closer.
+ */
+INLINE __u32 walk_plainly(struct onward *on, __u32 known[MAX_OWNERS], const struct walk *walk, __u64 word,
+			  enum kind kind, const void *data, const void *end)
+{
+	const __u32 *listed = data + OWNERS_AT;
+	__u32 i, len = (word >> LEN_SHIFT) & 0xff, at;
+
+	if (!(word & FLAG_KNOWN) || len == 0 || walk->hops >= MAX_HOPS)
+		return 0;
+	on->generation = (__u32)word;
+	on->hops = walk->hops + 1;
+	if (!walk->present || is_newer((__u32)word, walk->generation)) {
+		at = (word & FLAG_HEAD_IS_ME) != 0;
+	} else {
+		__u32 owners = walk->owners, visited = walk->visited, other = 0;
+
+		if (owners >= len || (const void *)(listed + MAX_OWNERS) > end)
+			return 0;
+#pragma unroll
+		for (i = 0; i < MAX_OWNERS - 1; i++) {
+			__u32 before = known[i], behind = known[i + 1];
+
+			/* Keeps the compiler from choosing between addresses on the stack, which the verifier refuses. */
+			asm volatile("" : "+r"(before), "+r"(behind));
+			if (i == visited)
+				other |= before ^ my_address;
+			if (i < owners)
+				other |= listed[i] ^ (i < visited ? before : behind);
+		}
+		if (visited == MAX_OWNERS - 1)
+			other |= known[MAX_OWNERS - 1] ^ my_address;
+		if (other)
+			return 0;
+		at = visited + 1;
+	}
+	if (at < len) {
+#pragma unroll
+		for (i = 0; i < MAX_OWNERS; i++) {
+			if (i == at)
+				on->next = known[i];
+			if (i >= at && i < MAX_OWNERS - 1)
+				known[i] = known[i + 1];
+		}
+		on->owners = len - 1;
+		on->visited = at;
+		on->returned = 0;
+		return SENT_ON;
+	}
+	/* The end of the walk: rules 7 and 5. */
+	if (!(word & FLAG_FROM_TABLE))
+		return 0;
+	if (kind != NEW)
+		return ANSWERED;
+	if (word & FLAG_HEAD_IS_ME)
+		return 0;
+	on->next = known[0];
+	on->owners = on->visited = len;
+	on->returned = 1;
+	return RETURNED;
+}
+
+/*
+ * Whether the packet has come back to this agent as its origin, and everybody who is known has looked: then no rule
+ * sends it on.
+ */
+INLINE int is_back(const struct walk *walk, __u64 word, const __u32 known[MAX_OWNERS], const void *data,
+		   const void *end)
+{
+	const __u64 flags = FLAG_KNOWN | FLAG_FROM_TABLE | FLAG_HEAD_IS_ME;
+	const __u32 *listed = data + OWNERS_AT;
+	__u32 i, other = 0;
+
+	if ((word & flags) != flags || !walk->present || is_newer((__u32)word, walk->generation) ||
+	    walk->visited != walk->owners || walk->owners != ((word >> LEN_SHIFT) & 0xff) ||
+	    (const void *)(listed + MAX_OWNERS) > end)
+		return 0;
+#pragma unroll
+	for (i = 0; i < MAX_OWNERS; i++) {
+		if (i < walk->owners)
+			other |= listed[i] ^ known[i];
+	}
+	return !other;
 }

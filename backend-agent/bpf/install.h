@@ -57,9 +57,10 @@ int daisy_install(struct xdp_md *ctx)
 		bpf_spin_lock(&entry->lock);
 		known = entry->word;
 		if (!word || !(known & FLAG_KNOWN) || (__s32)((__u32)known - from->generation) <= 0) {
+			begin_write(entry);
 			for (j = 0; j < MAX_OWNERS; j++)
 				entry->owners[j] = from->owners[j];
-			entry->word = word;
+			end_write(entry, word);
 			written++;
 		}
 		bpf_spin_unlock(&entry->lock);

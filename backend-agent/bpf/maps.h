@@ -9,6 +9,7 @@
 #include <bpf/bpf_helpers.h>
 
 #include "daisy_constants.h"
+#include "headers.h"
 
 #define INLINE static __always_inline
 
@@ -29,6 +30,8 @@ struct link {
 	__u32 address;
 	/* Raised after prefixes have been taken out of `trusted`. */
 	__u32 trusted_version;
+	/* LINK_IPIP: a service here travels by IPIP. */
+	__u32 flags;
 };
 
 struct {
@@ -70,16 +73,13 @@ struct {
 #define TRUST_CACHE_LEN 256
 __u64 trust_cache[TRUST_CACHE_LEN];
 
-INLINE int is_trusted(__u32 address)
+INLINE int is_trusted(const struct link *config, __u32 address)
 {
 	struct prefix prefix = { .len = 32, .address = address };
-	__u32 zero = 0, at = (bpf_ntohl(address) ^ bpf_ntohl(address) >> 8) % TRUST_CACHE_LEN;
-	struct link *config = bpf_map_lookup_elem(&link, &zero);
+	__u32 at = (bpf_ntohl(address) ^ bpf_ntohl(address) >> 8) % TRUST_CACHE_LEN;
 	__u64 found;
 
-	if (!config)
-		return 0;
-	found = (__u64)*(volatile __u32 *)&config->trusted_version << 32 | address;
+	found = (__u64)*(const volatile __u32 *)&config->trusted_version << 32 | address;
 	if (*(volatile __u64 *)&trust_cache[at] == found)
 		return 1;
 	if (!bpf_map_lookup_elem(&trusted, &prefix))
@@ -103,7 +103,8 @@ struct service {
 	/* Where its buckets start in the map of knowledge. */
 	__u32 base;
 	__u32 id;
-	__u32 zero;
+	/* SERVICE_IPIP: it travels by IPIP in closed windows. For the daemon. */
+	__u32 flags;
 };
 
 struct {
@@ -113,13 +114,54 @@ struct {
 	__type(value, struct service);
 } services SEC(".maps");
 
-/* What is known of a bucket. */
+INLINE struct service *find_service(__u32 vip, __u16 port)
+{
+	struct service_key key = { .vip = vip, .port = port, .protocol = PROTOCOL_TCP };
+
+	return bpf_map_lookup_elem(&services, &key);
+}
+
+/* What is known of a bucket. Written under the lock, and read without it where that will do. */
 struct knowledge {
-	/* generation:32 | chain length:8 | flags:8 | 0:16. Written under the lock, read without it. */
+	/* generation:32 | chain length:8 | flags:8 | writes:16, which is odd while the owners are being written. */
 	__u64 word;
-	struct bpf_spin_lock lock;
 	__u32 owners[MAX_OWNERS];
+	struct bpf_spin_lock lock;
+	__u32 zero;
 };
+
+#define ONE_WRITE (1ULL << WRITES_SHIFT)
+#define ALL_WRITES (0xffffULL << WRITES_SHIFT)
+
+/* Before the owners are written: whoever reads them without the lock will see it. */
+INLINE void begin_write(struct knowledge *entry)
+{
+	*(volatile __u64 *)&entry->word += ONE_WRITE;
+	asm volatile("" : : : "memory");
+}
+
+/* After the owners have been written; the count in `word` does not matter. */
+INLINE void end_write(struct knowledge *entry, __u64 word)
+{
+	asm volatile("" : : : "memory");
+	*(volatile __u64 *)&entry->word = (word & ~ALL_WRITES) | ((entry->word + ONE_WRITE) & ALL_WRITES);
+}
+
+/*
+ * Reads the owners that `word` speaks of without the lock. Returns 0 if they may have changed since `word` was read.
+ * Only where stores are seen in the order they were made in, and loads are made in theirs: x86.
+ */
+INLINE int read_known(const struct knowledge *entry, __u64 word, __u32 known[MAX_OWNERS])
+{
+#ifdef __TARGET_ARCH_x86_64
+	asm volatile("" : : : "memory");
+	__builtin_memcpy(known, entry->owners, sizeof(entry->owners));
+	asm volatile("" : : : "memory");
+	return !(word & ONE_WRITE) && *(const volatile __u64 *)&entry->word == word;
+#else
+	return 0;
+#endif
+}
 
 /* Its size is set when the programs are loaded. Only the programs here write it. */
 struct {

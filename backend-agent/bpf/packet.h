@@ -9,6 +9,24 @@
 #define GUE_AT (ETHERNET_LEN + OUTER_LEN)
 _Static_assert(OUTER_LEN == IPV4_LEN + UDP_LEN, "outer headers");
 
+INLINE void copy_ethernet(void *to, const void *from)
+{
+	__u64 first = *(const __u64 *)from;
+	__u32 second = *(const __u32 *)(from + 8);
+	__u16 third = *(const __u16 *)(from + 12);
+
+	*(__u64 *)to = first;
+	*(__u32 *)(to + 8) = second;
+	*(__u16 *)(to + 12) = third;
+}
+
+/* A link-layer address. */
+INLINE void copy_address(void *to, const void *from)
+{
+	*(__u32 *)to = *(const __u32 *)from;
+	*(__u16 *)(to + 4) = *(const __u16 *)(from + 4);
+}
+
 /* A whole TCP segment over IPv4, or what it takes to say that there is no service for it. */
 struct inner {
 	const struct ipv4 *ip;

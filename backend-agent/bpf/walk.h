@@ -38,6 +38,12 @@ struct walk {
 	__u32 owners;
 };
 
+/* Of a packet without a GUE header, or with one that says nothing. */
+INLINE void no_walk(struct walk *walk)
+{
+	walk->header_len = walk->present = walk->generation = walk->hops = walk->visited = walk->owners = 0;
+}
+
 /*
  * daisy_shared::wire::gue::Header::parse for a UDP payload of `len` bytes. Returns 0, or the counter of the
  * reason to drop.
@@ -48,7 +54,7 @@ INLINE __u32 parse_walk(struct walk *walk, const void *data, const void *end, __
 	const struct gue_walk *from = data + WALK_AT;
 	__u32 flags, returned;
 
-	walk->present = walk->generation = walk->hops = walk->visited = walk->owners = 0;
+	no_walk(walk);
 	if (len < GUE_BASE_LEN || (const void *)(gue + 1) > end)
 		return DROP_TRUNCATED;
 	if ((gue->first & (GUE_VERSION_MASK | GUE_CONTROL_BIT)) || gue->flags || gue->protocol != GUE_PROTO_IPV4)
@@ -80,19 +86,17 @@ INLINE __u32 parse_walk(struct walk *walk, const void *data, const void *end, __
 }
 
 /*
- * Writes the GUE header of a walk with `owners` addresses, of which the first `visited` have been visited.
- * Returns 0, or the counter of the reason to drop.
+ * Writes the GUE header of a walk with `owners` addresses, of which the first `visited` have been visited. There must
+ * be room for the longest list.
  */
-INLINE __u32 emit_walk(void *data, const void *end, const __u32 *list, __u32 owners, __u32 visited, __u32 generation,
-		       __u32 hops, __u32 returned)
+INLINE void emit_walk(void *data, const __u32 list[MAX_OWNERS], __u32 owners, __u32 visited, __u32 generation,
+		      __u32 hops, __u32 returned)
 {
 	struct gue *gue = data + GUE_AT;
 	struct gue_walk *to = data + WALK_AT;
 	__u32 *place = data + OWNERS_AT;
 	__u32 i;
 
-	if ((const void *)(to + 1) > end)
-		return DROP_NO_HEADROOM;
 	gue->first = GUE_WALK_BASE_LEN / 4 + owners;
 	gue->protocol = GUE_PROTO_IPV4;
 	gue->flags = 0;
@@ -101,10 +105,10 @@ INLINE __u32 emit_walk(void *data, const void *end, const __u32 *list, __u32 own
 	to->visited = visited;
 	to->owners = owners;
 	to->generation = bpf_htonl(generation);
-	for (i = 0; i < MAX_OWNERS && i < owners; i++) {
-		if ((const void *)(place + i + 1) > end)
-			return DROP_NO_HEADROOM;
+#pragma unroll
+	for (i = 0; i < MAX_OWNERS; i++) {
+		if (i >= owners)
+			break;
 		place[i] = list[i];
 	}
-	return 0;
 }

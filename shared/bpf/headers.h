@@ -7,6 +7,7 @@
 #include <bpf/bpf_helpers.h>
 
 #define ETHERTYPE_IPV4 0x0800
+#define PROTOCOL_IPV4 4
 #define PROTOCOL_TCP 6
 #define PROTOCOL_UDP 17
 #define TCP_FIN 0x01

@@ -9,7 +9,7 @@ use daisy_shared::wire::{gue, outer};
 
 /// The version of the pinned maps' layout. Raised with every change to the meaning of a map, so that a newer
 /// agent never reads an older one's maps as its own.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 
 /// Counters that are not drop reasons, in the order of their index. [`PASSES`] and [`SENDS`] say what the program
 /// does with a packet that ends in one of them.
@@ -39,6 +39,13 @@ pub const FLAG_HEAD_IS_ME: u64 = 1 << 41;
 pub const FLAG_FROM_TABLE: u64 = 1 << 42;
 /// In a knowledge word: where the chain's length stands (8 bits).
 pub const LEN_SHIFT: u32 = 32;
+/// In a knowledge word: where the number of writes stands (16 bits). It is odd while the owners are being written.
+pub const WRITES_SHIFT: u32 = 48;
+
+/// In the flags of `struct link`: a service here travels by IPIP, so IPIP packets to this agent are daisy's.
+pub const LINK_IPIP: u32 = 1;
+/// In a service's flags: it travels by IPIP in closed windows.
+pub const SERVICE_IPIP: u32 = 1;
 
 /// In a peer's flags: the link-layer addresses are known.
 pub const PEER_RESOLVED: u32 = 1;
@@ -65,6 +72,11 @@ pub const MAX_PEERS: u32 = 16_384;
 pub const MAX_TRUSTED: u32 = 4096;
 /// Bytes of the ring buffer that names next hops to resolve.
 pub const WANTED_BYTES: u32 = 4096;
+
+/// Length in bytes of the frames that are timed, with what they are padded with.
+pub const BENCH_FRAME_LEN: usize = 128;
+/// How many frames are timed in turn.
+pub const BENCH_FRAMES: usize = 4096;
 
 /// Bytes that the longest encapsulation adds to an inner packet: outer headers, GUE, and room for a tag.
 pub const RESERVE: u32 = (outer::LEN + gue::MAX_LEN + 8) as u32;

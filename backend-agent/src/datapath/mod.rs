@@ -229,7 +229,7 @@ impl Datapath {
             .insert(key, value, 0)
             .map_err(|error| DatapathError::kernel(format!("map services: set {}", service.name), &error))?;
         self.slots.insert(service.id, Slot { key, value });
-        Ok(())
+        self.follow_services()
     }
 
     /// Where a service's table fits: the first gap between the others that is long enough.
@@ -262,7 +262,14 @@ impl Datapath {
             .remove(&slot.key)
             .map_err(|error| DatapathError::kernel(format!("map services: remove {id}"), &error))?;
         self.slots.remove(&id);
-        Ok(())
+        self.follow_services()
+    }
+
+    /// Has IPIP packets taken for daisy's while there is a service that travels so.
+    fn follow_services(&mut self) -> Result<(), DatapathError> {
+        let is_ipip = |slot: &Slot| slot.value.flags & layout::SERVICE_IPIP != 0;
+        let flags = if self.slots.values().any(is_ipip) { layout::LINK_IPIP } else { 0 };
+        self.change_link(|link| link.flags = flags)
     }
 
     /// The services that are set, also by an earlier run whose maps were taken over.

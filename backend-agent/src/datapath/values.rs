@@ -4,7 +4,7 @@ use std::net::Ipv4Addr;
 
 use aya::Pod;
 use daisy_shared::chain::{Generation, Knowledge, MAX_OWNERS};
-use daisy_shared::service::Service;
+use daisy_shared::service::{Encapsulation, Service};
 
 use super::layout;
 
@@ -16,6 +16,7 @@ pub(super) struct Link {
     pub max_mss: u32,
     pub address: [u8; 4],
     pub trusted_version: u32,
+    pub flags: u32,
 }
 
 /// `struct counters`.
@@ -39,7 +40,7 @@ pub(super) struct ServiceValue {
     pub mask: u32,
     pub base: u32,
     pub id: u32,
-    pub zero: u32,
+    pub flags: u32,
 }
 
 impl ServiceKey {
@@ -56,7 +57,11 @@ impl ServiceValue {
     pub fn of(service: &Service, base: u32) -> ServiceValue {
         let (first, second) = service.hash_key.words();
         let (mask, id) = (service.buckets - 1, service.id.0);
-        ServiceValue { hash_key: [first, second], mask, base, id, zero: 0 }
+        let flags = match service.encapsulation {
+            Encapsulation::Gue => 0,
+            Encapsulation::Ipip => layout::SERVICE_IPIP,
+        };
+        ServiceValue { hash_key: [first, second], mask, base, id, flags }
     }
 
     /// How many buckets it has.
@@ -70,15 +75,15 @@ impl ServiceValue {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KnowledgeValue {
     pub word: u64,
-    pub lock: u32,
     pub owners: [[u8; 4]; MAX_OWNERS],
+    pub lock: u32,
     pub zero: u32,
 }
 
 impl KnowledgeValue {
     /// Room to read one into.
     pub const EMPTY: KnowledgeValue =
-        KnowledgeValue { word: 0, lock: 0, owners: [[0; 4]; MAX_OWNERS], zero: 0 };
+        KnowledgeValue { word: 0, owners: [[0; 4]; MAX_OWNERS], lock: 0, zero: 0 };
 
     /// What it says, if anything.
     pub fn read(&self) -> Option<Knowledge<Ipv4Addr>> {
@@ -118,7 +123,7 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_c_structures() {
-        assert_eq!(size_of::<Link>(), 16);
+        assert_eq!(size_of::<Link>(), 20);
         assert_eq!(size_of::<ServiceKey>(), 8);
         assert_eq!(size_of::<ServiceValue>(), 32);
         assert_eq!(size_of::<KnowledgeValue>(), 48);

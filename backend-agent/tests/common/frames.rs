@@ -107,6 +107,12 @@ pub fn underlay(source: Ipv4Addr, source_port: u16, payload: &[u8]) -> Vec<u8> {
     [&outer.to_bytes()[..], payload].concat()
 }
 
+/// An outer IPv4 header around an inner packet (IPIP).
+pub fn ipip(source: Ipv4Addr, inner: &[u8]) -> Vec<u8> {
+    let outer = outer::Ipip { source, destination: ME, tos: 0, payload_len: inner.len() as u16 };
+    [&outer.to_bytes()[..], inner].concat()
+}
+
 /// A UDP payload: the GUE header and the inner packet.
 pub fn gue(walk: Option<Walk<Ipv4Addr>>, inner: &[u8]) -> Vec<u8> {
     let header = gue::Header { protocol: gue::PROTO_IPV4, walk };

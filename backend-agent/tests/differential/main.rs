@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
 use std::str::FromStr;
 
-use common::frames::{ACK, CLIENT_MAC, FIN, MY_MAC, RST, SYN, Segment, ethernet, gue, underlay};
+use common::frames::{ACK, CLIENT_MAC, FIN, MY_MAC, RST, SYN, Segment, ethernet, gue, ipip, underlay};
 use common::{GUE_PORT, ME, MUX, chain, config, known, on_new_host, service};
 use daisy_agent::datapath::{Datapath, Installed, Peer};
 use daisy_node::interface::Mac;
@@ -23,7 +23,7 @@ use daisy_node::next_hops::NextHop;
 use daisy_shared::chain::{Generation, MAX_HOPS, MAX_OWNERS, Walk};
 use daisy_shared::checksum;
 use daisy_shared::flow::{FlowV4, bucket_of};
-use daisy_shared::service::ServiceId;
+use daisy_shared::service::{Encapsulation, Service, ServiceId};
 use daisy_shared::wire::probe;
 use host::{COOKIES, PLAIN, SILENT};
 use rand::rngs::StdRng;
@@ -64,8 +64,10 @@ impl Bench {
         seed: u64,
     ) -> Bench {
         let mut datapath = datapath;
-        let services: Vec<_> =
+        let mut services: Vec<_> =
             [PLAIN, COOKIES, SILENT].iter().map(|port| service(u32::from(*port), *port, BUCKETS)).collect();
+        // IPIP packets for the others are taken all the same: a mux decides how they travel.
+        services[0].encapsulation = Encapsulation::Ipip;
         for service in &services {
             datapath.set_service(service).unwrap();
         }
@@ -245,6 +247,23 @@ impl Bench {
             let bytes = probe::emit(self.rng.random_range(0..3), self.rng.random());
             return ethernet(MY_MAC, CLIENT_MAC, &underlay(source, source_port, &bytes));
         }
+        if self.rng.random_ratio(1, 4) {
+            let mut frame = ethernet(MY_MAC, CLIENT_MAC, &ipip(source, &segment.to_bytes()));
+            if self.rng.random_ratio(1, 8) {
+                // The outer packet, or the frame alone, is longer than the inner packet.
+                let more = self.rng.random_range(1..20);
+                frame.extend(vec![0; usize::from(more)]);
+                if self.rng.random_ratio(1, 2) {
+                    let len = u16::from_be_bytes([frame[16], frame[17]]) + more;
+                    frame[16..18].copy_from_slice(&len.to_be_bytes());
+                }
+            }
+            if self.rng.random_ratio(1, 20) {
+                frame[15] = self.rng.random();
+            }
+            mend(&mut frame, 14);
+            return frame;
+        }
         let as_known = if self.rng.random_ratio(1, 6) { self.walk_as_known(segment) } else { None };
         let walk = as_known.or_else(|| self.walk());
         let mut frame =
@@ -259,7 +278,10 @@ impl Bench {
 
     /// Changes bytes of a frame, or where it ends.
     fn mutate(&mut self, frame: &mut Vec<u8>) {
-        let inner = 46 + frame.get(42).map_or(0, |first| usize::from(first & 0x1f) * 4);
+        let inner = match frame[23] {
+            4 => 34,
+            _ => 46 + frame.get(42).map_or(0, |first| usize::from(first & 0x1f) * 4),
+        };
         for _ in 0..self.rng.random_range(1..4) {
             let headers = frame.len().min(inner + 40);
             let at = self.rng.random_range(0..headers);
@@ -351,6 +373,9 @@ impl Bench {
         assert_eq!(counted, counters_expected, "counters of {}", context());
         for name in &counted {
             *self.seen.entry((*name).to_owned()).or_default() += 1;
+            if frame.get(23) == Some(&4) {
+                *self.seen.entry(format!("ipip {name}")).or_default() += 1;
+            }
         }
         self.counters = counters;
 
@@ -405,6 +430,29 @@ fn the_program_decides_as_the_reference_does() {
             let count = seen.get(&name).copied().unwrap_or(0);
             assert!(count >= 20, "only {count} cases of {name}");
         }
+        // A packet without a walk teaches nothing, returns to nobody, and has no hops behind it; and where it could
+        // be answered, the window is closed, and the data path does not look.
+        for name in [
+            "passed",
+            "delivered",
+            "accepted",
+            "sent_on",
+            "dropped_truncated",
+            "dropped_bad_ip_header",
+            "dropped_bad_ip_checksum",
+            "dropped_bad_transport_header",
+            "dropped_fragment",
+            "dropped_unknown_service",
+            "dropped_untrusted_source",
+            "dropped_unknown_bucket",
+            "dropped_no_backend",
+            "dropped_no_next_hop",
+            "dropped_too_big",
+            "dropped_dead_owner",
+        ] {
+            let count = seen.get(&format!("ipip {name}")).copied().unwrap_or(0);
+            assert!(count >= 10, "only {count} cases of ipip {name}");
+        }
     }
 }
 
@@ -435,6 +483,50 @@ impl DatapathCounters {
         let drops = daisy_shared::drop::DropReason::ALL.iter().map(|reason| format!("dropped_{reason}"));
         daisy_agent::datapath::layout::COUNTERS.iter().map(|name| (*name).to_owned()).chain(drops)
     }
+}
+
+/// Whose packets by IPIP are to be taken for daisy's follows the services.
+#[test]
+fn ipip_packets_are_daisys_while_a_service_travels_so() {
+    on_new_host(|bpffs| {
+        let sockets = host::set_up();
+        let mut datapath = Datapath::load(&config(bpffs)).unwrap();
+        datapath.set_trusted(&[(MUX, 32)]).unwrap();
+        let plain = service(1, PLAIN, BUCKETS);
+        let short = Service { encapsulation: Encapsulation::Ipip, ..service(2, COOKIES, BUCKETS) };
+        let mut segment = Segment::new((host::FAR, 7), ACK);
+        segment.service.1 = COOKIES;
+        let frame = ethernet(MY_MAC, CLIENT_MAC, &ipip(MUX, &segment.to_bytes()));
+        let stranger = ethernet(MY_MAC, CLIENT_MAC, &ipip(Ipv4Addr::new(10, 11, 0, 9), &segment.to_bytes()));
+        let counted = |datapath: &Datapath, frame: &[u8]| {
+            let before = datapath.counters().unwrap();
+            let run = datapath.test_run(frame).unwrap();
+            let after = datapath.counters().unwrap();
+            let grown = after.into_iter().filter(|(name, count)| *count > before[name] && name != "received");
+            (run, grown.map(|(name, _)| name).collect::<Vec<_>>())
+        };
+
+        datapath.set_service(&plain).unwrap();
+        for frame in [&frame, &stranger] {
+            let (run, counters) = counted(&datapath, frame);
+            assert_eq!((run.packet, counters), (frame.clone(), vec!["passed".to_owned()]));
+        }
+        datapath.set_service(&short).unwrap();
+        let table: Vec<_> = (0..BUCKETS)
+            .map(|bucket| Installed { bucket, generation: Generation(5), chain: chain(&[ME]) })
+            .collect();
+        datapath.install(short.id, &table).unwrap();
+        // Also after another daemon has taken the maps over.
+        drop(datapath);
+        let mut datapath = Datapath::load(&config(bpffs)).unwrap();
+        let (run, counters) = counted(&datapath, &frame);
+        assert_eq!((run.returned, counters), (reference::XDP_PASS, vec!["delivered".to_owned()]));
+        assert_eq!(run.packet, [&frame[..14], &segment.to_bytes()].concat());
+        assert_eq!(counted(&datapath, &stranger).1, ["dropped_untrusted_source"]);
+        datapath.remove_service(short.id).unwrap();
+        assert_eq!(counted(&datapath, &frame).1, ["passed"]);
+        drop(sockets);
+    });
 }
 
 /// The reference itself, on the plainest of cases.

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv4Addr;
+use std::ops::Range;
 
 use daisy_shared::chain::{Decision, Kind, Knowledge, MAX_OWNERS, Verdict, Walk, decide};
 use daisy_shared::drop::DropReason;
 use daisy_shared::flow::bucket_of;
-use daisy_shared::service::{Service, ServiceId};
+use daisy_shared::service::{Encapsulation, Service, ServiceId};
 use daisy_shared::wire::fast::{self, ETHERNET_LEN, Frame, Packet};
 use daisy_shared::wire::gue::{self, Header};
 use daisy_shared::wire::{outer, probe};
@@ -17,6 +18,9 @@ pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
 pub const XDP_TX: u32 = 3;
 const GUE_AT: usize = ETHERNET_LEN + outer::LEN;
+const IPIP_AT: usize = ETHERNET_LEN + outer::IPIP_LEN;
+const IPIP: u8 = 4;
+const UDP: u8 = 17;
 
 /// A cookie carries the number of one of so many maximum segment sizes, added to a hash and the client's sequence
 /// number. The ones sent carry number 0; with any other they are as valid.
@@ -85,21 +89,31 @@ impl World {
     }
 
     fn process(&self, frame: &[u8]) -> Result<Expected, DropReason> {
-        if !is_for_the_data_path(frame) {
+        let takes_ipip = self.services.iter().any(|service| service.encapsulation == Encapsulation::Ipip);
+        if !is_for_the_data_path(frame, takes_ipip) {
             return Ok(end(XDP_PASS, "passed", Some(frame.to_vec())));
         }
         let source = Ipv4Addr::new(frame[26], frame[27], frame[28], frame[29]);
         if !self.trusted.iter().any(|prefix| covers(*prefix, source)) {
             return Err(DropReason::UntrustedSource);
         }
-        let Frame::Flow(outer_packet) = fast::parse(frame)? else { panic!("it is UDP and no fragment") };
-        let udp_len = usize::from(u16::from_be_bytes([frame[38], frame[39]]));
-        let payload = &frame[GUE_AT..GUE_AT + udp_len - 8];
-        if let Some((probe::REQUEST, nonce)) = probe::parse(payload) {
-            return Ok(end(XDP_TX, "probes_answered", Some(answer(frame, nonce))));
-        }
-        let header = Header::parse(payload)?;
-        let inner = &payload[header.len()..];
+        let parsed = fast::parse(frame)?;
+        let (header, inner_at, inner_end) = if frame[23] == IPIP {
+            assert_eq!(parsed, Frame::Other);
+            let ip_len = usize::from(u16::from_be_bytes([frame[16], frame[17]]));
+            (Header { protocol: gue::PROTO_IPV4, walk: None }, IPIP_AT, ETHERNET_LEN + ip_len)
+        } else {
+            assert!(matches!(parsed, Frame::Flow(_)), "it is UDP and no fragment");
+            let udp_len = usize::from(u16::from_be_bytes([frame[38], frame[39]]));
+            let payload = &frame[GUE_AT..GUE_AT + udp_len - 8];
+            if let Some((probe::REQUEST, nonce)) = probe::parse(payload) {
+                return Ok(end(XDP_TX, "probes_answered", Some(answer(frame, nonce))));
+            }
+            let header = Header::parse(payload)?;
+            let inner_at = GUE_AT + header.len();
+            (header, inner_at, GUE_AT + payload.len())
+        };
+        let inner = &frame[inner_at..inner_end];
         let packet = match fast::parse_ipv4(inner)? {
             Frame::Flow(packet) => packet,
             Frame::Fragment { .. } => return Err(DropReason::Fragment),
@@ -111,27 +125,33 @@ impl World {
                 && service.protocol.number() == packet.flow.protocol
         });
         let service = service.ok_or(DropReason::UnknownService)?;
-        let local = |counter| end(XDP_PASS, counter, Some(decapsulated(frame, &header)));
+        let local = |counter| end(XDP_PASS, counter, Some(decapsulated(frame, inner_at)));
         let by_flags = if packet.is_syn { "accepted" } else { "delivered" };
         if !self.chaining {
             return Ok(local(by_flags));
         }
-        let bucket = (service.id, bucket_of(packet.flow.hash(service.hash_key), service.buckets));
+        let hash = packet.flow.hash(service.hash_key);
+        let bucket = (service.id, bucket_of(hash, service.buckets));
         let knowledge = self.knowledge.get(&bucket);
         let walk = header.walk.as_ref();
         let kind = self.kind(&packet, &inner[usize::from(inner[0] & 0x0f) * 4..]);
         let dead = |owner| self.peers.get(&owner).is_some_and(|peer| peer.dead);
         let Decision { verdict, learned } = decide(ME, kind, walk, knowledge, dead);
         let closed = knowledge.is_some_and(|known| is_closed(known, walk));
+        let back = packet.is_syn && knowledge.zip(walk).is_some_and(|(known, walk)| is_back(known, walk));
         let mut expected = match verdict {
-            // In a closed window the data path does not look for a socket.
-            Verdict::Deliver | Verdict::Accept | Verdict::Answer if closed => local(by_flags),
+            // Where the local stack gets the packet whatever it has, the data path does not look for a socket.
+            Verdict::Deliver | Verdict::Accept | Verdict::Answer if closed || back => local(by_flags),
             Verdict::Deliver => local("delivered"),
             Verdict::Accept => local("accepted"),
             Verdict::Answer => local("answered"),
             Verdict::Drop(reason) => dropped(reason),
             Verdict::Send { to, walk } => {
-                self.send(frame, &payload[header.len()..], to, walk, outer_packet, udp_len)
+                let source_port = match frame[23] {
+                    IPIP => outer::source_port(hash),
+                    _ => u16::from_be_bytes([frame[34], frame[35]]),
+                };
+                self.send(frame, inner_at..inner_end, to, walk, source_port)
             }
         };
         expected.bucket = Some(bucket);
@@ -163,12 +183,13 @@ impl World {
     fn send(
         &self,
         frame: &[u8],
-        inner: &[u8],
+        inner: Range<usize>,
         to: Ipv4Addr,
         walk: Walk<Ipv4Addr>,
-        outer_packet: Packet,
-        udp_len: usize,
+        source_port: u16,
     ) -> Expected {
+        // What lies behind the outer packet, padding, stays.
+        let (inner, rest) = (&frame[inner.clone()], &frame[inner.end..]);
         let header = Header { protocol: gue::PROTO_IPV4, walk: Some(walk) };
         let payload_len = header.len() + inner.len();
         if payload_len + outer::LEN > self.mtu {
@@ -180,30 +201,31 @@ impl World {
         let outer = outer::Outer {
             source: ME,
             destination: to,
-            source_port: outer_packet.flow.source_port,
+            source_port,
             destination_port: GUE_PORT,
-            tos: outer_packet.tos,
+            tos: frame[15],
             payload_len: payload_len as u16,
         };
         let mut bytes = vec![0; header.len()];
         header.emit(&mut bytes);
-        // What lies behind the outer packet, padding, stays.
-        let rest = &frame[GUE_AT + udp_len - 8..];
         let sent = [&destination, &source, &[8, 0][..], &outer.to_bytes(), &bytes, inner, rest].concat();
         let returned = header.walk.is_some_and(|walk| walk.returned);
         end(XDP_TX, if returned { "returned" } else { "sent_on" }, Some(sent))
     }
 }
 
-/// IPv4 without options, no fragment, UDP to this agent's port; and not the answer to a probe.
-fn is_for_the_data_path(frame: &[u8]) -> bool {
-    frame.len() >= GUE_AT
+/// IPv4 without options, no fragment, to this agent: UDP to its port, and not the answer to a probe; or IPIP.
+fn is_for_the_data_path(frame: &[u8], takes_ipip: bool) -> bool {
+    let is_gue = || frame.len() >= GUE_AT && frame[36..38] == GUE_PORT.to_be_bytes() && !is_reply(frame);
+    frame.len() >= IPIP_AT
         && frame[12..15] == [0x08, 0x00, 0x45]
         && u16::from_be_bytes([frame[20], frame[21]]) & 0x3fff == 0
-        && frame[23] == 17
         && frame[30..34] == ME.octets()
-        && frame[36..38] == GUE_PORT.to_be_bytes()
-        && !is_reply(frame)
+        && match frame[23] {
+            UDP => is_gue(),
+            IPIP => takes_ipip,
+            _ => false,
+        }
 }
 
 fn is_reply(frame: &[u8]) -> bool {
@@ -228,8 +250,18 @@ fn is_closed(known: &Knowledge<Ipv4Addr>, walk: Option<&Walk<Ipv4Addr>>) -> bool
     known.from_table && known.chain[..] == [ME] && adds_nothing
 }
 
-fn decapsulated(frame: &[u8], header: &Header) -> Vec<u8> {
-    [&frame[..12], &[8, 0], &frame[GUE_AT + header.len()..]].concat()
+/// The packet has gone along the whole chain that is known, back to this agent, which is its origin.
+fn is_back(known: &Knowledge<Ipv4Addr>, walk: &Walk<Ipv4Addr>) -> bool {
+    known.from_table
+        && known.chain.first() == Some(&ME)
+        && !known.generation.is_newer_than(walk.generation)
+        && !walk.generation.is_newer_than(known.generation)
+        && walk.to_visit.is_empty()
+        && walk.visited == known.chain
+}
+
+fn decapsulated(frame: &[u8], inner_at: usize) -> Vec<u8> {
+    [&frame[..12], &[8, 0], &frame[inner_at..]].concat()
 }
 
 fn answer(frame: &[u8], nonce: [u8; 8]) -> Vec<u8> {

@@ -15,6 +15,11 @@ pub const IPIP_LEN: usize = 20;
 /// The time to live of a fresh outer header.
 pub const TTL: u8 = 64;
 
+/// The lowest source port, and how far the flow hash is shifted to be added to it: see [`source_port`].
+pub const SOURCE_PORT_BASE: u16 = 0xc000;
+/// See [`SOURCE_PORT_BASE`].
+pub const SOURCE_PORT_SHIFT: u32 = 50;
+
 /// What differs from packet to packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Outer {
@@ -93,7 +98,7 @@ fn ipv4(tos: u8, total_len: u16, protocol: u8, source: Ipv4Addr, destination: Ip
 /// The outer UDP source port of a flow: 14 bits of its hash in the dynamic range (RFC 6335), away from those that
 /// choose the bucket, so that routers and receive queues spread flows of one bucket too.
 pub const fn source_port(hash: u64) -> u16 {
-    0xc000 | (hash >> 50) as u16
+    SOURCE_PORT_BASE | (hash >> SOURCE_PORT_SHIFT) as u16
 }
 
 #[cfg(test)]

@@ -522,6 +522,19 @@ fn af_xdp_serves_every_queue() {
 }
 
 #[test]
+fn af_packet_shares_flows_among_threads() {
+    let (_mux_host, peer_host, daemon, _state) =
+        start_with_table(&["--io", "af-packet", "--cores", "0,1"], |_, _| {});
+    let mut peer = peer_host.run(Peer::start);
+    peer.exchange(5000, |_| {});
+    let (last, status) = daemon.terminate();
+    assert!(status.success(), "{status}");
+    assert_eq!((&last["sent"], &last["conserved"]), (&5000.into(), &true.into()));
+    let by_thread: Vec<u64> = serde_json::from_str(last["received_by_thread"].as_str().unwrap()).unwrap();
+    assert!(by_thread.len() == 2 && by_thread.iter().all(|packets| *packets > 0), "{by_thread:?}");
+}
+
+#[test]
 fn an_interface_that_is_removed_ends_the_mux() {
     for io in ["af-packet", "af-xdp"] {
         let (_mux_host, peer_host, mut daemon, _state) = start_with_table(&["--io", io], |_, _| {});

@@ -8,7 +8,7 @@
 //! |---|---|---|
 //! | [`memory`] | a vector | left alone |
 //! | [`pcap`] | a capture file | left alone |
-//! | [`af_packet`] | a receive buffer | nothing: the kernel has its own copy |
+//! | [`af_packet`] | a ring of the kernel's | nothing: the kernel has its own copy |
 //! | [`af_xdp`] | a UMEM chunk | cannot be: the XDP program in front takes packets for services only |
 
 pub mod af_packet;

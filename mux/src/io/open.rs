@@ -14,11 +14,10 @@ use nix::sched::{CpuSet, sched_getaffinity};
 use nix::unistd::Pid;
 use tracing::info;
 
-use super::af_packet::AfPacket;
-use super::af_xdp;
 use super::filter::Filter;
 use super::threads::Job;
 use super::{IoError, sys};
+use super::{af_packet, af_xdp};
 
 /// How packets are moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -214,7 +213,7 @@ fn open_kind(kind: Kind, request: &Request) -> Result<Opened, IoError> {
         }
         Kind::AfPacket => {
             let threads = request.cores.as_ref().map_or(1, |cores| cores.numbers().len());
-            (jobs(AfPacket::open(&request.interfaces, threads)?, request), Vec::new())
+            (jobs(af_packet::open(&request.interfaces, threads)?, request), Vec::new())
         }
     };
     Ok(Opened { kind, jobs, filters })

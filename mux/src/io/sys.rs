@@ -112,8 +112,8 @@ unsafe impl Plain for libc::sockaddr_xdp {}
 unsafe impl Plain for libc::sockaddr_ll {}
 // SAFETY: see above.
 unsafe impl Plain for libc::tpacket_stats {}
-// SAFETY: see above; the pointer is one of bits to the kernel, and whoever sets the option answers for it.
-unsafe impl Plain for libc::sock_fprog {}
+// SAFETY: see above.
+unsafe impl Plain for libc::tpacket_req {}
 
 /// Sets a socket option.
 pub fn set_option<T: Plain>(fd: &OwnedFd, level: c_int, name: c_int, value: &T) -> io::Result<()> {
@@ -141,6 +141,30 @@ pub fn bind<A: Plain>(fd: &OwnedFd, address: &A) -> io::Result<()> {
     let len = size_of::<A>() as libc::socklen_t;
     // SAFETY: the kernel reads `len` bytes of a value of that length.
     let result = unsafe { libc::bind(fd.as_raw_fd(), std::ptr::from_ref(address).cast(), len) };
+    check(result)
+}
+
+/// What a socket is bound to. Where the kernel knows less than the structure holds, the rest is zero.
+pub fn local_address<A: Plain>(fd: &OwnedFd) -> io::Result<A> {
+    // SAFETY: `A` is plain, so zeros are a value of it.
+    let mut address: A = unsafe { std::mem::zeroed() };
+    let mut len = size_of::<A>() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes into a value of that length, and `A` is plain.
+    let result =
+        unsafe { libc::getsockname(fd.as_raw_fd(), std::ptr::from_mut(&mut address).cast(), &raw mut len) };
+    check(result).map(|()| address)
+}
+
+/// Has a socket take only what a program of classic BPF lets in, in place of what it had before.
+pub fn attach_filter(fd: &OwnedFd, program: &[libc::sock_filter]) -> io::Result<()> {
+    let len = program.len().try_into().map_err(io::Error::other)?;
+    let value = libc::sock_fprog { len, filter: program.as_ptr().cast_mut() };
+    let value_len = size_of_val(&value) as libc::socklen_t;
+    // SAFETY: the kernel reads the structure, and through it `len` instructions, which it copies.
+    let result = unsafe {
+        let value = std::ptr::from_ref(&value).cast();
+        libc::setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, value, value_len)
+    };
     check(result)
 }
 

@@ -3,8 +3,9 @@
  * Hands packets for services to the mux's AF_XDP sockets and leaves everything else (ARP, ICMP, BGP, SSH, answers
  * to the mux's own probes) to the kernel.
  *
- * Taken are IPv4 packets that are addressed to this station and, by address, protocol and port, to a service, and
- * fragments for a service's address, which the mux counts and drops. Whatever is malformed is the kernel's.
+ * Taken are IPv4 packets, with up to two VLAN tags before them, that are addressed to this station and, by address,
+ * protocol and port, to a service, and fragments for a service's address, which the mux counts and drops. Whatever is
+ * malformed is the kernel's.
  */
 #include <stddef.h>
 #include <linux/bpf.h>
@@ -46,6 +47,12 @@ struct {
 	__type(value, __u32);
 } sockets SEC(".maps");
 
+struct vlan_tag {
+	__be16 contents;
+	__be16 next; /* the EtherType of what follows */
+};
+
+#define MAX_TAGS 2
 #define FRAGMENT_BITS 0x3fff /* more fragments, and the offset */
 
 SEC("xdp")
@@ -54,9 +61,22 @@ int daisy_filter(struct xdp_md *ctx)
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
 	struct ethhdr *eth = data;
-	struct iphdr *ip = (void *)(eth + 1);
+	struct vlan_tag *tag = (void *)(eth + 1);
 
-	if ((void *)(ip + 1) > end || eth->h_proto != bpf_htons(ETH_P_IP))
+	if ((void *)tag > end)
+		return XDP_PASS;
+	__be16 kind = eth->h_proto;
+#pragma unroll
+	for (int i = 0; i < MAX_TAGS; i++) {
+		if (kind != bpf_htons(ETH_P_8021Q) && kind != bpf_htons(ETH_P_8021AD))
+			break;
+		if ((void *)(tag + 1) > end)
+			return XDP_PASS;
+		kind = tag->next;
+		tag++;
+	}
+	struct iphdr *ip = (void *)tag;
+	if ((void *)(ip + 1) > end || kind != bpf_htons(ETH_P_IP))
 		return XDP_PASS;
 
 	__u32 zero = 0;

@@ -11,6 +11,10 @@
 //! | [`state`] | what the control threads change: tables, and the XDP filter that follows them |
 //! | [`sync`] | tables from the controller |
 
+// What tests share names this crate as they do.
+#[cfg(test)]
+extern crate self as daisy_mux;
+
 pub mod io;
 pub mod metrics;
 pub mod neighbours;

@@ -16,6 +16,8 @@ pub struct Mapping {
 
 // SAFETY: the memory belongs to the mapping wherever it goes; there is no thread-local part of it.
 unsafe impl Send for Mapping {}
+// SAFETY: shared, it gives its addresses away and nothing of what lies there.
+unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Zeroed memory of this process alone.

@@ -14,6 +14,9 @@
 // What tests share names this crate as they do.
 #[cfg(test)]
 extern crate self as daisy_mux;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;
 
 pub mod io;
 pub mod metrics;

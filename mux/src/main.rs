@@ -1,7 +1,7 @@
 //! `daisy-mux`: forwards packets for services to their backends.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -9,14 +9,15 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
+use daisy_mux::io::netmap::PortName;
 use daisy_mux::io::open::{self, Copy, Kind, List, Opened, Request};
 use daisy_mux::io::threads::Threads;
 use daisy_mux::metrics::Counters;
 use daisy_mux::neighbours::Neighbours;
 use daisy_mux::state::State;
 use daisy_mux::sync::Mux;
-use daisy_mux::table::{Link, Tables, Underlay};
-use daisy_node::interface::Interface;
+use daisy_mux::table::{Link, NextHop, Tables, Underlay};
+use daisy_node::interface::{Interface, Mac};
 use daisy_node::log::{self, die};
 use daisy_node::stop::Stop;
 use daisy_node::sync::{Config, Sync};
@@ -26,6 +27,9 @@ use daisy_shared::drop::DropReason;
 use daisy_shared::wire::gue;
 use tracing::{error, info};
 
+/// The longest IP packet in bytes of a port that no kernel interface stands behind.
+const PORT_MTU: u32 = 1500;
+
 /// Forwards packets for services to their backends, encapsulated, by the controller's tables.
 #[derive(Debug, Parser)]
 #[command(version)]
@@ -34,17 +38,27 @@ struct Args {
     #[arg(long)]
     name: String,
     /// A network interface that packets come from and go to; repeat it for several. The mux's address is that of
-    /// the first.
+    /// the first. With netmap a port: netmap:IF, netmap:IF-N (one pair of its rings), valeX:P, netmap:X{N or
+    /// netmap:X}N.
     #[arg(long, required = true)]
     interface: Vec<String>,
     /// How packets are moved.
     #[arg(long, value_enum, default_value = "auto")]
     io: Kind,
+    /// The mux's address, where no kernel interface stands behind its ports: VALE ports and pipes.
+    #[arg(long, requires_all = ["mac", "next_hop"])]
+    address: Option<Ipv4Addr>,
+    /// The mux's Ethernet address on such ports.
+    #[arg(long, requires = "address", value_parser = parse_mac)]
+    mac: Option<Mac>,
+    /// The Ethernet address that all backends are behind, on the last of such ports.
+    #[arg(long, requires = "address", value_parser = parse_mac)]
+    next_hop: Option<Mac>,
     /// The processors that I/O threads run on, such as 0,2-3: one thread on each. Without it, af-xdp has a thread
     /// for each receive queue, and af-packet has one, wherever the kernel puts them.
     #[arg(long)]
     cores: Option<List>,
-    /// The receive queues that are served on each interface, such as 0-3, with af-xdp. Without it, all.
+    /// The receive queues that are served on each interface, such as 0-3, with af-xdp and netmap. Without it, all.
     #[arg(long)]
     queues: Option<List>,
     /// For how many microseconds the kernel polls a device for packets before it waits for an interrupt, with
@@ -95,12 +109,47 @@ struct Running {
     stop: Stop,
 }
 
+fn parse_mac(text: &str) -> Result<Mac, String> {
+    let byte = |text: &str| u8::from_str_radix(text, 16).ok().filter(|_| text.len() == 2);
+    let bytes: Option<Vec<u8>> = text.split(':').map(byte).collect();
+    let mac = bytes.and_then(|bytes| bytes.try_into().ok());
+    mac.map(Mac).ok_or_else(|| "not an Ethernet address such as 02:00:00:00:00:01".to_owned())
+}
+
+/// The interfaces that the mux works on and, if they are netmap's, its ports. Ports that no kernel interface stands
+/// behind are what the flags say.
+fn find_interfaces(args: &Args) -> anyhow::Result<(Vec<Interface>, Vec<PortName>)> {
+    let any_port = args.interface.iter().any(|name| PortName::is_one(name));
+    if args.io != Kind::Netmap && !(args.io == Kind::Auto && any_port) {
+        anyhow::ensure!(args.address.is_none(), "--address: is for VALE ports and pipes, with --io netmap");
+        let interfaces = args.interface.iter().map(|name| Interface::find(name)).collect::<Result<_, _>>()?;
+        return Ok((interfaces, Vec::new()));
+    }
+    let mut interfaces = Vec::new();
+    let mut ports = Vec::new();
+    for name in &args.interface {
+        let port = PortName::parse(name)?;
+        interfaces.push(match (port.interface(), args.address.zip(args.mac)) {
+            (Some(interface), None) => Interface::find(interface)?,
+            (Some(_), Some(_)) => {
+                anyhow::bail!("port {name}: the kernel knows its address; --address is for others")
+            }
+            (None, None) => anyhow::bail!("port {name}: needs --address, --mac and --next-hop"),
+            // No packet leaves there by the kernel's routes: number and prefix are nobody's.
+            (None, Some((address, mac))) => {
+                Interface { name: name.clone(), index: 0, mac, address, prefix_len: 32, mtu: PORT_MTU }
+            }
+        });
+        ports.push(port);
+    }
+    Ok((interfaces, ports))
+}
+
 /// Starts everything that can fail because of how the mux was started.
 fn start(args: Args) -> anyhow::Result<Running> {
     log::init(args.log_format)?;
     let token = args.token_file.as_deref().map(log::read_token).transpose()?;
-    let interfaces =
-        args.interface.iter().map(|name| Interface::find(name)).collect::<Result<Vec<_>, _>>()?;
+    let (interfaces, ports) = find_interfaces(&args)?;
     let address = interfaces.first().context("no interface is given")?.address;
     let config = Config {
         name: args.name,
@@ -126,6 +175,7 @@ fn start(args: Args) -> anyhow::Result<Running> {
     let request = Request {
         kind: args.io,
         interfaces,
+        ports,
         cores: args.cores,
         queues: args.queues,
         busy_poll: args.busy_poll.map(|us| Duration::from_micros(us.into())),
@@ -136,8 +186,14 @@ fn start(args: Args) -> anyhow::Result<Running> {
     let tables = Tables::new(underlay, links);
     let threads = Threads::start(jobs, &tables.shared(), &stop)?;
     let state = Arc::new(State::new(tables, filters));
-    let neighbours = Neighbours::start(&request.interfaces, Arc::clone(&state))
-        .with_context(|| format!("interface {}: following its neighbours", args.interface.join(", ")))?;
+    let neighbours = match args.next_hop {
+        Some(Mac(mac)) => {
+            let egress = (request.interfaces.len() - 1) as u8;
+            Neighbours::fixed(NextHop { egress, mac }, Arc::clone(&state))
+        }
+        None => Neighbours::start(&request.interfaces, Arc::clone(&state))
+            .with_context(|| format!("interface {}: following its neighbours", args.interface.join(", ")))?,
+    };
     let mux = Mux::new(Arc::clone(&state), neighbours, threads.published().to_vec());
     let mut sync = Sync::new(config, mux).with_context(place)?;
     info!(interfaces = args.interface.join(","), %address, io = %kind, threads = threads.len(), "packet I/O runs");

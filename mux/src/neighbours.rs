@@ -1,4 +1,5 @@
-//! The Ethernet addresses of next hops: what the kernel knows of routes and neighbours, brought into the tables.
+//! The Ethernet addresses of next hops: what the kernel knows of routes and neighbours, brought into the tables. Where
+//! there is no kernel interface, one next hop that the operator names.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -16,11 +17,17 @@ use crate::table::NextHop;
 /// A neighbour that is there answers within a millisecond; one that is not must not hold up the rest.
 const SETTLE: Duration = Duration::from_millis(500);
 
-/// Follows the next hops of all backends. Ends when dropped.
+/// The next hops of all backends. Follows them until it is dropped.
 #[derive(Debug)]
 pub struct Neighbours {
-    next_hops: NextHops,
+    source: Source,
     wanted: BTreeSet<Ipv4Addr>,
+}
+
+#[derive(Debug)]
+enum Source {
+    Kernel(NextHops),
+    Fixed { next_hop: NextHop, state: Arc<State> },
 }
 
 impl Neighbours {
@@ -40,17 +47,36 @@ impl Neighbours {
             });
             control.tables.set_next_hop(backend, next_hop);
         };
-        Ok(Neighbours { next_hops: NextHops::start(interfaces, on_change)?, wanted: BTreeSet::new() })
+        let source = Source::Kernel(NextHops::start(interfaces, on_change)?);
+        Ok(Neighbours { source, wanted: BTreeSet::new() })
+    }
+
+    /// Every backend is behind this next hop, for ever.
+    pub fn fixed(next_hop: NextHop, state: Arc<State>) -> Neighbours {
+        Neighbours { source: Source::Fixed { next_hop, state }, wanted: BTreeSet::new() }
     }
 
     /// Follows these backends and no others. Where some are new, waits for their next hops, for a short time.
     pub fn want(&mut self, backends: BTreeSet<Ipv4Addr>) {
-        let new = !backends.is_subset(&self.wanted);
-        self.wanted.clone_from(&backends);
-        self.next_hops.set_wanted(backends);
-        if new {
-            // Those without a next hop are in the resolver's log, and in the counter of what they drop.
-            let _missing = self.next_hops.settle(SETTLE);
+        match &mut self.source {
+            Source::Kernel(next_hops) => {
+                let new = !backends.is_subset(&self.wanted);
+                next_hops.set_wanted(backends.clone());
+                if new {
+                    // Those without a next hop are in the resolver's log, and in the counter of what they drop.
+                    let _missing = next_hops.settle(SETTLE);
+                }
+            }
+            Source::Fixed { next_hop, state } => {
+                let mut control = state.lock();
+                for gone in self.wanted.difference(&backends) {
+                    control.tables.set_next_hop(*gone, None);
+                }
+                for new in backends.difference(&self.wanted) {
+                    control.tables.set_next_hop(*new, Some(*next_hop));
+                }
+            }
         }
+        self.wanted = backends;
     }
 }

@@ -341,12 +341,32 @@ fn what_cannot_work_stops_at_the_start_with_one_line() {
         let flags = flags.into_iter().filter(|(_, value)| !value.is_empty());
         flags.flat_map(|(flag, value)| [flag.to_owned(), value.to_owned()]).collect::<Vec<_>>()
     };
+    let port_of = |more: &[&str]| {
+        let flags = [("--io", "auto"), ("--interface", "netmap:p{1"), ("--address", "10.1.0.1")];
+        [with(&flags), more.iter().map(|flag| (*flag).to_owned()).collect()].concat()
+    };
+    let mac = ["--mac", "02:00:00:00:00:01", "--next-hop", "02:00:00:00:00:02"];
     let inside = |path: &Path| path.join("inside").to_str().unwrap().to_owned();
     let rows = [
         (with(&[("--interface", "eth7")]), "interface eth7: there is no such interface"),
         (with(&[("--interface", "lo")]), "interface lo: has no Ethernet address"),
         (with(&[("--io", "af-xdp")]), "interface eth0: its MTU of 9000 is above"),
-        (with(&[("--io", "netmap")]), "invalid value 'netmap' for '--io <IO>'"),
+        (with(&[("--io", "fast")]), "invalid value 'fast' for '--io <IO>'"),
+        (with(&[("--io", "netmap")]), "port eth0: is none of netmap:IF, netmap:IF-N,"),
+        (
+            with(&[("--io", "netmap"), ("--interface", "netmap:eth7")]),
+            "interface eth7: there is no such interface",
+        ),
+        (
+            with(&[("--io", "auto"), ("--interface", "vale0:a")]),
+            "port vale0:a: needs --address, --mac and --next-hop",
+        ),
+        (with(&[("--address", "10.1.0.1")]), "--mac <MAC> --next-hop <NEXT_HOP>"),
+        (port_of(&["--mac", "2:0:0", "--next-hop", "02:00:00:00:00:02"]), "not an Ethernet address"),
+        (
+            [port_of(&mac), vec!["--copy".to_owned(), "zero".to_owned()]].concat(),
+            "--copy: means nothing to --io netmap",
+        ),
         (with(&[("--name", "")]), "required arguments were not provided: --name <NAME>"),
         (with(&[("--name", "m/1")]), "node name \"m/1\" is not"),
         (with(&[("--controller", "ftp://x")]), "controller \"ftp://x\" is not of the form"),
@@ -355,7 +375,10 @@ fn what_cannot_work_stops_at_the_start_with_one_line() {
         (with(&[("--xdp-mode", "fast")]), "XDP mode \"fast\" is none of"),
         (with(&[("--gue-port", "70000")]), "'70000'"),
     ];
-    for (arguments, expected) in rows {
+    // Where there is no netmap, as on most hosts.
+    let no_netmap = (port_of(&mac), "/dev/netmap: opening netmap's device (its kernel module must be loaded");
+    let no_netmap = Some(no_netmap).filter(|_| !Path::new("/dev/netmap").exists());
+    for (arguments, expected) in rows.into_iter().chain(no_netmap) {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let (code, said) = fails(&host, &arguments);
         let last = said.lines().last().unwrap_or_default();

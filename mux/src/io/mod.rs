@@ -2,19 +2,21 @@
 //!
 //! Every kind moves bursts of frames through the same [`Worker`]: it wraps each frame in a [`Slot`] where it lies,
 //! calls [`Worker::decide`], does what the verdicts say, and calls [`Worker::settle`], which counts. There is no
-//! trait object, and no copy but those that a kernel interface itself makes.
+//! trait object, and no copy but those that a kernel interface itself makes or leaves no way around.
 //!
 //! | kind | frames lie in | `Pass` means |
 //! |---|---|---|
 //! | [`memory`] | a vector | left alone |
 //! | [`pcap`] | a capture file | left alone |
 //! | [`af_packet`] | a ring of the kernel's | nothing: the kernel has its own copy |
+//! | [`netmap`] | a ring's buffer; a copy, where the port gives no room for headers | to the host rings; VALE ports and pipes have none: left alone |
 //! | [`af_xdp`] | a UMEM chunk | cannot be: the XDP program in front takes packets for services only |
 
 pub mod af_packet;
 pub mod af_xdp;
 pub mod filter;
 pub mod memory;
+pub mod netmap;
 pub mod open;
 pub mod pcap;
 mod sys;

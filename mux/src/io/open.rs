@@ -15,6 +15,7 @@ use nix::unistd::Pid;
 use tracing::info;
 
 use super::filter::Filter;
+use super::netmap::{self, PortName};
 use super::threads::Job;
 use super::{IoError, sys};
 use super::{af_packet, af_xdp};
@@ -28,9 +29,11 @@ pub enum Kind {
     AfXdp,
     /// Raw packet sockets.
     AfPacket,
+    /// The rings of netmap's ports.
+    Netmap,
 }
 
-/// What `auto` tries, best first.
+/// What `auto` tries, best first. A name of netmap's own leaves no choice.
 const AUTO: [Kind; 2] = [Kind::AfXdp, Kind::AfPacket];
 
 /// A flag that not every kind has a use for.
@@ -49,6 +52,7 @@ impl fmt::Display for Kind {
             Kind::Auto => "auto",
             Kind::AfXdp => "af-xdp",
             Kind::AfPacket => "af-packet",
+            Kind::Netmap => "netmap",
         })
     }
 }
@@ -60,6 +64,7 @@ impl Kind {
             Kind::Auto => true,
             Kind::AfXdp => true,
             Kind::AfPacket => flag == Flag::Cores,
+            Kind::Netmap => matches!(flag, Flag::Cores | Flag::Queues),
         }
     }
 
@@ -69,6 +74,7 @@ impl Kind {
             Kind::Auto => "it was not asked for more",
             Kind::AfXdp => "packets come from the driver past the kernel's stack",
             Kind::AfPacket => "it works on every interface",
+            Kind::Netmap => "the names of its ports are netmap's",
         }
     }
 }
@@ -151,6 +157,8 @@ pub struct Request {
     pub kind: Kind,
     /// The mux's interfaces, by number.
     pub interfaces: Vec<Interface>,
+    /// Those of them whose names are netmap's: all, or none.
+    pub ports: Vec<PortName>,
     /// The processors that I/O threads run on, one on each.
     pub cores: Option<List>,
     /// The receive queues that are served, on each interface.
@@ -185,6 +193,10 @@ pub fn open(request: &Request) -> Result<Opened, IoError> {
     if request.kind != Kind::Auto {
         return open_kind(request.kind, request);
     }
+    if !request.ports.is_empty() {
+        info!(io = %Kind::Netmap, why = Kind::Netmap.why(), "packet I/O chosen");
+        return open_kind(Kind::Netmap, request);
+    }
     let mut last = None;
     for kind in AUTO {
         match open_kind(kind, request) {
@@ -214,6 +226,11 @@ fn open_kind(kind: Kind, request: &Request) -> Result<Opened, IoError> {
         Kind::AfPacket => {
             let threads = request.cores.as_ref().map_or(1, |cores| cores.numbers().len());
             (jobs(af_packet::open(&request.interfaces, threads)?, request), Vec::new())
+        }
+        Kind::Netmap => {
+            let threads = request.cores.as_ref().map(|cores| cores.numbers().len());
+            let queues = request.queues.as_ref().map(List::numbers);
+            (jobs(netmap::open(&request.ports, threads, queues)?, request), Vec::new())
         }
     };
     Ok(Opened { kind, jobs, filters })
@@ -263,7 +280,9 @@ fn queues(request: &Request) -> Result<Vec<u32>, IoError> {
 
 fn check_interfaces(interfaces: &[Interface]) -> Result<(), IoError> {
     for (i, Interface { name, index, .. }) in interfaces.iter().enumerate() {
-        if interfaces[..i].iter().any(|other| other.index == *index) {
+        // What no kernel interface stands behind has number 0.
+        let is_other = |other: &Interface| other.index != *index || (*index == 0 && other.name != *name);
+        if !interfaces[..i].iter().all(is_other) {
             return Err(unusable(&format!("interface {name}"), "is given twice".to_owned()));
         }
     }

@@ -204,6 +204,7 @@ pub fn check(result: c_int) -> io::Result<()> {
 }
 
 const SIOCETHTOOL: libc::Ioctl = 0x8946;
+const ETHTOOL_GTXCSUM: u32 = 0x16;
 const ETHTOOL_GGRO: u32 = 0x2b;
 const ETHTOOL_GCHANNELS: u32 = 0x3c;
 
@@ -231,8 +232,17 @@ struct Channels {
 
 /// Whether the kernel merges TCP segments that arrive on this interface (generic receive offload).
 pub fn receive_offload(interface: &str) -> io::Result<bool> {
-    let mut value = Value { command: ETHTOOL_GGRO, data: 0 };
-    // SAFETY: ETHTOOL_GGRO writes a `struct ethtool_value`.
+    is_on(interface, ETHTOOL_GGRO)
+}
+
+/// Whether the host leaves checksums of what it sends to this interface.
+pub fn transmit_offload(interface: &str) -> io::Result<bool> {
+    is_on(interface, ETHTOOL_GTXCSUM)
+}
+
+fn is_on(interface: &str, command: u32) -> io::Result<bool> {
+    let mut value = Value { command, data: 0 };
+    // SAFETY: these commands write a `struct ethtool_value`.
     unsafe { ethtool(interface, (&raw mut value).cast()) }?;
     Ok(value.data != 0)
 }

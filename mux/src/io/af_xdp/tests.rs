@@ -6,11 +6,8 @@ use proptest::prelude::*;
 
 use super::ring::{Consumer, Producer, RING_LEN, Ring};
 use super::*;
-use common::{LINK, UNDERLAY, VIP};
+use crate::common::{self, LINK, UNDERLAY, VIP};
 use daisy_mux::table::{NextHop, Tables};
-
-#[path = "../../../tests/common/mod.rs"]
-mod common;
 
 const INTERFACES: usize = 2;
 const PORTS: usize = 2 * INTERFACES;

@@ -3,7 +3,7 @@
 //! One socket for each thread and interface. Packets are received into a ring that the kernel shares with us
 //! ([`ring`]), encapsulated in place, and sent out of it: a burst is one call to the kernel, and nothing when there
 //! is nothing to send. What is received while a burst is worked on waits in the ring. The choice of the ring's kind
-//! and of the way out is measured: `docs/decisions/0011-packet-socket-rings.md`.
+//! and of the way out is measured: `docs/decisions/0014-packet-socket-rings.md`.
 //!
 //! Several threads share an interface's packets by fan-out: the kernel hashes each packet's flow, the same for every
 //! packet of it, so that a flow stays in order on one thread whatever queues the device has.

@@ -2,7 +2,7 @@
 //!
 //! A thread has a pair of rings, or several, on each port, and nobody else has those. In a turn it makes one call,
 //! `poll`, in which netmap sends what the turn before has left in rings to send and receives what has come; then it
-//! takes all that has come through the pipeline, in bursts.
+//! takes all that has come through the pipeline, in bursts. Only after many it calls for sending in between.
 //!
 //! **No copy.** A slot of a ring names a buffer. To send a frame, its buffer changes places with that of a free slot
 //! of the ring to send (`NS_BUF_CHANGED`). Netmap is asked to receive frames [`FRAME_START`] bytes behind the start
@@ -51,6 +51,11 @@ use super::sys::Mapping;
 use super::{FRAME_START, IoError, PacketIo, Worker};
 use crate::pipeline::{BURST, HEADROOM, Slot, Verdict};
 
+/// How many frames may wait in a ring until the turn is over, so that a device or the other end of a pipe works on
+/// them while we work on the next.
+const UNSENT: usize = 4 * BURST;
+/// How long a burst may wait for room in a full ring. One that does not move at all is waited for once.
+const ROOM_WAIT: Duration = Duration::from_millis(10);
 /// How long a port that is closed may take to send what it has.
 const CLOSE_WAIT: Duration = Duration::from_secs(1);
 
@@ -67,6 +72,10 @@ struct Pair {
     receive_at: Option<usize>,
     /// Whether the kernel has been asked for room in this burst already.
     has_tried: bool,
+    /// Waiting for room was in vain, and there has been none since.
+    is_stuck: bool,
+    /// How many frames lie in the ring to send that the kernel has not been told of.
+    unsent: usize,
 }
 
 /// A port, as far as it is this thread's.
@@ -94,7 +103,15 @@ impl Rings {
     /// Adds a pair, and returns its number.
     fn push(&mut self, handle: usize, region: usize, may_swap: bool, rx: Ring, tx: Ring) -> usize {
         let receive_at = (may_swap && rx.has_offsets()).then_some(FRAME_START);
-        self.pairs.push(Pair { handle, region, may_swap, receive_at, has_tried: false });
+        self.pairs.push(Pair {
+            handle,
+            region,
+            may_swap,
+            receive_at,
+            has_tried: false,
+            is_stuck: false,
+            unsent: 0,
+        });
         self.rx.push(rx);
         self.tx.push(tx);
         self.pairs.len() - 1
@@ -219,6 +236,7 @@ impl<K: Kernel> Forwarder<K> {
         if let Err(error) = self.kernel.turn(wait) {
             return Err(IoError::System { place: self.place(), what: "waiting for packets", error });
         }
+        self.rings.pairs.iter_mut().for_each(|pair| pair.unsent = 0);
         let mut taken = 0;
         for port in 0..self.rings.ports.len() {
             for pair in self.rings.ports[port].pairs.clone() {
@@ -293,7 +311,7 @@ impl<K: Kernel> Forwarder<K> {
             }
         }
         self.give_back(pair, end);
-        self.publish();
+        self.publish()?;
         Ok(taken)
     }
 
@@ -364,8 +382,7 @@ impl<K: Kernel> Forwarder<K> {
             at = self.rings.rx[host].next(at);
         }
         self.give_back(host, at);
-        self.publish();
-        Ok(())
+        self.publish()
     }
 
     /// Gives slots of a ring to receive back to the kernel, to receive into where we want it.
@@ -385,12 +402,19 @@ impl<K: Kernel> Forwarder<K> {
         rx.publish(end);
     }
 
-    /// Shows the kernel what is to be sent.
-    fn publish(&mut self) {
+    /// Shows the kernel what is to be sent, and has it sent where it is much.
+    fn publish(&mut self) -> Result<(), IoError> {
         for (tx, pair) in self.rings.tx.iter_mut().zip(&mut self.rings.pairs) {
             tx.publish(tx.head());
             pair.has_tried = false;
+            if pair.unsent >= UNSENT {
+                pair.unsent = 0;
+                if let Err(error) = self.kernel.send(pair.handle) {
+                    return Err(IoError::System { place: self.place(), what: "sending", error });
+                }
+            }
         }
+        Ok(())
     }
 
     fn close(mut self, worker: &mut Worker) -> Result<(), IoError> {
@@ -532,12 +556,18 @@ fn send(
             return Ok(false);
         }
         pair.has_tried = true;
+        pair.unsent = 0;
         tx.publish(tx.head());
         kernel.send(pair.handle)?;
-        if tx.space() == 0 {
+        if tx.space() == 0 && !pair.is_stuck {
+            kernel.wait_for_room(pair.handle, ROOM_WAIT)?;
+        }
+        pair.is_stuck = tx.space() == 0;
+        if pair.is_stuck {
             return Ok(false);
         }
     }
+    pair.unsent += 1;
     let pair = *pair;
     let at = tx.head();
     let free = tx.slot(at);

@@ -238,6 +238,24 @@ impl KernelRing {
         self.set_tail(self.tail);
     }
 
+    /// Takes all slots back and fills every one with this frame; checks and keeps nothing. For measurements.
+    pub fn renew(&mut self, frame: &[u8]) {
+        self.current = self.word(offset_of!(netmap_ring, head));
+        let stop = (self.current + self.slots - 1) % self.slots;
+        self.tail = self.current;
+        while self.tail != stop {
+            self.receive(frame, 0, 0);
+        }
+        self.set_tail(self.tail);
+    }
+
+    /// Takes back all that was sent, and looks at none of it. For measurements.
+    pub fn forget(&mut self) {
+        self.current = self.word(offset_of!(netmap_ring, head));
+        self.tail = (self.current + self.slots - 1) % self.slots;
+        self.set_tail(self.tail);
+    }
+
     fn receive(&mut self, part: &[u8], shift: usize, flags: u16) {
         let mut slot = self.slot(self.tail);
         let start = self.offset(&slot) + shift;
@@ -258,6 +276,8 @@ impl KernelRing {
 pub struct World {
     /// The pairs.
     pub pairs: Vec<(KernelRing, KernelRing)>,
+    /// How often it was waited for room.
+    pub waits: usize,
 }
 
 /// The kernel, as the forwarder calls it.
@@ -276,6 +296,11 @@ impl Kernel for Double {
     fn send(&mut self, handle: usize) -> io::Result<()> {
         self.0.borrow_mut().pairs[handle].0.sync_tx();
         Ok(())
+    }
+
+    fn wait_for_room(&mut self, handle: usize, _wait: Duration) -> io::Result<()> {
+        self.0.borrow_mut().waits += 1;
+        self.send(handle)
     }
 }
 
@@ -311,7 +336,7 @@ pub fn world(specs: &[PortSpec]) -> (Rings, Double) {
         let host = spec.has_host.then_some(start + 1);
         rings.ports.push(Port { place: format!("port {number}"), pairs: start..start + 1, host });
     }
-    (rings, Double(Rc::new(RefCell::new(World { pairs }))))
+    (rings, Double(Rc::new(RefCell::new(World { pairs, waits: 0 }))))
 }
 
 /// One region.

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use nix::net::if_::if_nametoindex;
 use tracing::{info, warn};
 
 use super::abi::{self, Register, Request};
@@ -15,8 +16,9 @@ use super::{Forwarder, Netmap, Port, Rings};
 use crate::io::sys::{self, Mapping};
 use crate::io::{FRAME_START, IoError};
 
-/// How long netmap may refuse a port, while its interface is reset, before it counts as gone.
-const REFUSAL: Duration = Duration::from_secs(5);
+/// How long netmap may refuse a port, as it does while an interface is down or is reset, before it is looked whether
+/// the interface is still there.
+const REFUSAL: Duration = Duration::from_secs(1);
 /// How long to wait before a port that is refused is tried again: nothing tells when.
 const REFUSED_WAIT: Duration = Duration::from_millis(10);
 
@@ -28,6 +30,9 @@ pub trait Kernel {
 
     /// Sends what lies in the ring to send of this handle, and takes back slots.
     fn send(&mut self, handle: usize) -> io::Result<()>;
+
+    /// Does the same, and waits until there is a slot to send, at most this long.
+    fn wait_for_room(&mut self, handle: usize, wait: Duration) -> io::Result<()>;
 }
 
 /// Netmap's descriptors of one thread, one for each pair of rings.
@@ -35,6 +40,8 @@ pub trait Kernel {
 pub struct Descriptors {
     fds: Vec<OwnedFd>,
     polls: Vec<libc::pollfd>,
+    /// The kernel's interfaces, with their numbers.
+    interfaces: Vec<(String, u32)>,
     refused_since: Option<Instant>,
 }
 
@@ -44,16 +51,27 @@ impl Kernel for Descriptors {
         sys::poll_any(&mut self.polls, wait)?;
         if self.polls.iter().all(|entry| entry.revents & libc::POLLERR == 0) {
             self.refused_since = None;
-        } else if self.refused_since.get_or_insert_with(Instant::now).elapsed() > REFUSAL {
-            return Err(io::Error::other("netmap refuses to go on: the interface is down, or gone"));
-        } else {
-            std::thread::sleep(REFUSED_WAIT.min(wait));
+            return Ok(());
         }
+        if self.refused_since.get_or_insert_with(Instant::now).elapsed() > REFUSAL {
+            self.refused_since = None;
+            // What is down may come up again. What is gone does not.
+            let is_gone = |(name, index): &&(String, u32)| if_nametoindex(name.as_str()) != Ok(*index);
+            if let Some((name, _)) = self.interfaces.iter().find(is_gone) {
+                return Err(io::Error::other(format!("interface {name} is gone")));
+            }
+        }
+        std::thread::sleep(REFUSED_WAIT.min(wait));
         Ok(())
     }
 
     fn send(&mut self, handle: usize) -> io::Result<()> {
         abi::sync_tx(&self.fds[handle])
+    }
+
+    fn wait_for_room(&mut self, handle: usize, wait: Duration) -> io::Result<()> {
+        // Whether it was worth it shows in the ring.
+        sys::poll(&self.fds[handle], libc::POLLOUT, wait).map(|_ready| ())
     }
 }
 
@@ -178,6 +196,11 @@ impl Opener {
             host_rings = host.is_some(),
             "netmap port opened"
         );
+        if let Some(interface) = name.interface()
+            && let Ok(index) = if_nametoindex(interface)
+        {
+            descriptors.interfaces.push((interface.to_owned(), index));
+        }
         all.ports.push(Port { place: format!("port {name}"), pairs, host });
         Ok(())
     }

@@ -4,7 +4,7 @@
 
 use std::mem::offset_of;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use daisy_shared::drop::DropReason;
 use netmap_sys::netmap::{netmap_ring, netmap_slot};
@@ -13,6 +13,7 @@ use proptest::prelude::*;
 use super::Forwarder;
 use super::abi::{BUFFER_ALIGN_AT, OFFSET_MASK_AT};
 use super::double::{Arrival, BUFFER_LEN, Double, PortSpec, world};
+use super::port::Kernel;
 use super::ring::{MAX_OFFSET, Region, Ring};
 use crate::common::*;
 use crate::io::memory::Memory;
@@ -133,6 +134,10 @@ fn a_full_ring_to_send_drops_and_counts() {
         assert_eq!(bench.sent(0), expected[..7], "{spec:?}");
         let counters = *bench.worker.counters();
         assert_eq!((counters.received, counters.sent, counters.dropped_for(DropReason::TxFull)), (60, 7, 53));
+        // A device that does not move is not waited for again and again.
+        bench.arrive(0, frames(&input));
+        while bench.turn() > 0 {}
+        assert_eq!(bench.kernel.0.borrow().waits, 1);
         bench.stall(0, false);
         bench.turn();
         // Room is asked for when there is none: 7, and once more 7.
@@ -143,7 +148,7 @@ fn a_full_ring_to_send_drops_and_counts() {
         closed.unwrap();
         assert_eq!(
             (counters.received, counters.sent, counters.dropped_for(DropReason::TxFull)),
-            (120, 21, 99)
+            (180, 21, 159)
         );
     }
 }
@@ -463,6 +468,58 @@ proptest! {
                 }
             }
         }
+    }
+}
+
+/// A kernel that costs little: the same frames for ever.
+struct Endless {
+    kernel: Double,
+    frame: Vec<u8>,
+}
+
+impl Kernel for Endless {
+    fn turn(&mut self, _wait: Duration) -> std::io::Result<()> {
+        for (tx, rx) in &mut self.kernel.0.borrow_mut().pairs {
+            tx.forget();
+            rx.renew(&self.frame);
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, _handle: usize) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    fn wait_for_room(&mut self, _handle: usize, _wait: Duration) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+#[ignore = "a measurement: run it with --release --ignored --nocapture"]
+fn what_a_copy_costs() {
+    for payload in [6, 458, 1346] {
+        let frame = tcp(1000, VIP, 80, &vec![7; payload]);
+        let cost = |spec: PortSpec| {
+            let (rings, kernel) = world(&[PortSpec { slots: (1024, 1024), has_host: false, ..spec }]);
+            let tables = tables(3, &[1]);
+            let mut worker = worker(&tables);
+            let mut io = Forwarder::new(rings, Endless { kernel, frame: frame.clone() }).unwrap();
+            let best = (0..300).map(|_| {
+                io.kernel.turn(Duration::ZERO).unwrap();
+                let begun = Instant::now();
+                let taken = io.forward(&mut worker, 0, 0).unwrap();
+                let elapsed = begun.elapsed();
+                assert_eq!(taken, 1023);
+                elapsed.as_nanos() as f64 / taken as f64
+            });
+            let best = best.fold(f64::MAX, f64::min);
+            assert_eq!(worker.counters().sent, worker.counters().received);
+            best
+        };
+        let [in_place, copied] =
+            [true, false].map(|has_offsets| cost(PortSpec { has_offsets, ..PortSpec::VALE }));
+        println!("frames of {} bytes: {in_place:.1} ns in place, {copied:.1} ns copied", frame.len());
     }
 }
 

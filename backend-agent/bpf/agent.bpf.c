@@ -72,7 +72,8 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct link *config, const struct
 		     __u32 outcome)
 {
 	__u32 gue_len = GUE_BASE_LEN + GUE_WALK_BASE_LEN + 4 * on->owners;
-	__u32 ip_len = OUTER_LEN + gue_len + inner_len, next = on->next;
+	__u32 ip_len = OUTER_LEN + gue_len + inner_len, next = on->next, header[IPV4_LEN / 4];
+	__u64 sum;
 	struct ethernet *ethernet;
 	struct ipv4 *ip;
 	struct udp *udp;
@@ -97,17 +98,15 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct link *config, const struct
 	copy_address(ethernet->destination, peer->destination);
 	copy_address(ethernet->source, peer->source);
 	ethernet->type = bpf_htons(ETHERTYPE_IPV4);
-	ip->version_ihl = 0x45;
-	ip->tos = on->tos;
-	ip->len = bpf_htons(ip_len);
-	ip->id = 0;
-	ip->fragment = bpf_htons(0x4000);
-	ip->ttl = OUTER_TTL;
-	ip->protocol = PROTOCOL_UDP;
-	ip->checksum = 0;
-	ip->source = my_address;
-	ip->destination = next;
-	ip->checksum = ~fold(sum_ipv4(ip));
+	/* As words, for the sum: what was just written in smaller pieces would be slow to read back. */
+	header[0] = bpf_htonl(0x45 << 24 | on->tos << 16 | ip_len);
+	header[1] = bpf_htonl(0x4000);
+	header[2] = bpf_htonl(OUTER_TTL << 24 | PROTOCOL_UDP << 16);
+	header[3] = my_address;
+	header[4] = next;
+	sum = (__u64)header[0] + header[1] + header[2] + header[3] + header[4];
+	header[2] |= bpf_htonl((__u32)bpf_ntohs(~fold(sum)));
+	put_ipv4(ip, header);
 	udp->source = on->source_port;
 	udp->destination = gue_port;
 	udp->len = bpf_htons(ip_len - IPV4_LEN);
@@ -129,10 +128,11 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	struct udp *udp = data + ETHERNET_LEN + IPV4_LEN;
 	__u32 known[MAX_OWNERS], ip_len, strip, inner_len, index, reason, zero = 0, outcome, is_gue;
 	struct link *config = bpf_map_lookup_elem(&link, &zero);
-	struct service *service;
+	const struct service *service;
+	__u64 *word_alone;
 	struct knowledge *entry;
-	struct onward on = {};
-	struct peer *peer;
+	const struct peer *peer;
+	struct onward on;
 	struct inner inner;
 	struct walk walk;
 	struct scratch *s;
@@ -195,7 +195,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	reason = parse_inner(&inner, data + ETHERNET_LEN + strip, inner_len, end);
 	if (reason)
 		return reason;
-	service = find_service(inner.ip->destination, inner.tcp->destination);
+	service = find_service(config, inner.ip->destination, inner.tcp->destination);
 	if (!service)
 		return DROP_UNKNOWN_SERVICE;
 	outcome = inner.is_syn ? ACCEPTED : DELIVERED;
@@ -203,20 +203,24 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 		return decapsulate(ctx, ethernet, strip, outcome);
 	hash = flow_hash(service->key, &inner);
 	index = service->base + ((__u32)hash & service->mask);
-	entry = bpf_map_lookup_elem(&knowledge, &index);
-	if (!entry)
+	word_alone = bpf_map_lookup_elem(&words, &index);
+	if (!word_alone)
 		return DROP_UNKNOWN_BUCKET;
 
 	/*
 	 * A closed window: this agent is the head and the chain holds nobody else. The rules would have the packet
 	 * accepted, delivered or answered; the local stack does the right one of these by itself.
 	 */
-	word = *(volatile __u64 *)&entry->word;
+	word = *(volatile __u64 *)word_alone;
 	if ((__u16)(word >> LEN_SHIFT) == CLOSED_WINDOW && !teaches(&walk, word) &&
 	    (is_newer((__u32)word, walk.generation) ||
 	     (walk.visited == walk.owners && walk.visited < MAX_OWNERS)))
 		return decapsulate(ctx, ethernet, strip, outcome);
 
+	entry = bpf_map_lookup_elem(&knowledge, &index);
+	if (!entry)
+		return DROP_UNKNOWN_BUCKET;
+	word = *(volatile __u64 *)&entry->word;
 	on.source_port = is_gue ? udp->source : bpf_htons(SOURCE_PORT_BASE | hash >> SOURCE_PORT_SHIFT);
 	on.tos = ip->tos;
 	if (!teaches(&walk, word) && read_known(entry, word, known)) {
@@ -231,7 +235,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 		if (outcome == ANSWERED)
 			return decapsulate(ctx, ethernet, strip, ANSWERED);
 		if (outcome) {
-			peer = bpf_map_lookup_elem(&peers, &on.next);
+			peer = find_peer(config, on.next);
 			if (outcome == RETURNED || !peer || !(peer->flags & PEER_DEAD))
 				return forward(ctx, config, peer, &on, known, strip, inner_len, outcome);
 		}
@@ -246,7 +250,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	if (!s)
 		return DROP_UNKNOWN_BUCKET;
 	read_owners(s, &walk, data, end);
-	reason = learn(entry, s, &walk);
+	reason = learn(entry, word_alone, s, &walk);
 	if (reason == LEARNED)
 		counters->count[LEARNED]++;
 	if (kind == MATCHED)
@@ -266,7 +270,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	on.generation = s->known_generation;
 	on.hops = s->out_hops;
 	on.returned = s->out_returned;
-	peer = bpf_map_lookup_elem(&peers, &on.next);
+	peer = find_peer(config, on.next);
 	return forward(ctx, config, peer, &on, s->out.owner, strip, inner_len, outcome);
 }
 

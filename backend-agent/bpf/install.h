@@ -40,6 +40,7 @@ int daisy_install(struct xdp_md *ctx)
 	count = batch->count;
 	for (i = 0; i < BATCH_MAX && i < count; i++, from++) {
 		struct knowledge *entry;
+		__u64 *word_alone;
 		__u64 word = 0, known;
 		__u32 index;
 
@@ -47,7 +48,8 @@ int daisy_install(struct xdp_md *ctx)
 			break;
 		index = from->index;
 		entry = bpf_map_lookup_elem(&knowledge, &index);
-		if (!entry || from->len > MAX_OWNERS)
+		word_alone = bpf_map_lookup_elem(&words, &index);
+		if (!entry || !word_alone || from->len > MAX_OWNERS)
 			continue;
 		if (from->operation == OP_INSTALL) {
 			word = FLAG_KNOWN | FLAG_FROM_TABLE | (__u64)from->len << LEN_SHIFT | from->generation;
@@ -60,7 +62,7 @@ int daisy_install(struct xdp_md *ctx)
 			begin_write(entry);
 			for (j = 0; j < MAX_OWNERS; j++)
 				entry->owners[j] = from->owners[j];
-			end_write(entry, word);
+			end_write(entry, word_alone, word);
 			written++;
 		}
 		bpf_spin_unlock(&entry->lock);

@@ -32,6 +32,10 @@ struct link {
 	__u32 trusted_version;
 	/* LINK_IPIP: a service here travels by IPIP. */
 	__u32 flags;
+	/* Raised after `services` has been changed. */
+	__u32 services_version;
+	/* Raised after `peers` has been changed. */
+	__u32 peers_version;
 };
 
 struct {
@@ -114,24 +118,77 @@ struct {
 	__type(value, struct service);
 } services SEC(".maps");
 
-INLINE struct service *find_service(__u32 vip, __u16 port)
-{
-	struct service_key key = { .vip = vip, .port = port, .protocol = PROTOCOL_TCP };
+/*
+ * What this CPU has found in `services`, by the last bits of a product of the key. A look-up in the kernel's hash
+ * table costs four calls and returns, which take longer than all of the parsing. Good while `version` is the one that
+ * stands in `link`; it is read before `services` is.
+ */
+#define CACHE_BITS 6
+#define CACHE_MULTIPLIER 0x9e3779b97f4a7c15ULL
 
-	return bpf_map_lookup_elem(&services, &key);
+struct cached_service {
+	/* As one word. */
+	__u64 key;
+	__u32 version;
+	__u32 zero;
+	struct service service;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << CACHE_BITS);
+	__type(key, __u32);
+	__type(value, struct cached_service);
+} service_cache SEC(".maps");
+
+INLINE const struct service *find_service(const struct link *config, __u32 vip, __u16 port)
+{
+	__u64 word = vip | (__u64)port << 32 | (__u64)PROTOCOL_TCP << 48;
+	__u32 version = *(const volatile __u32 *)&config->services_version;
+	__u32 at = word * CACHE_MULTIPLIER >> (64 - CACHE_BITS);
+	struct cached_service *cached = bpf_map_lookup_elem(&service_cache, &at);
+	struct service_key key = { .vip = vip, .port = port, .protocol = PROTOCOL_TCP };
+	struct service *service;
+
+	if (!cached)
+		return 0;
+	if (cached->key == word && cached->version == version)
+		return &cached->service;
+	service = bpf_map_lookup_elem(&services, &key);
+	if (!service)
+		return 0;
+	cached->service = *service;
+	cached->key = word;
+	cached->version = version;
+	return &cached->service;
 }
 
-/* What is known of a bucket. Written under the lock, and read without it where that will do. */
+/*
+ * What is known of a bucket. Written under the lock, and read without it where that will do. Kernels lay an array's
+ * elements out from 56 bytes behind the start of a cache line: what packets read is all in one.
+ */
 struct knowledge {
+	struct bpf_spin_lock lock;
+	__u32 zero;
 	/* generation:32 | chain length:8 | flags:8 | writes:16, which is odd while the owners are being written. */
 	__u64 word;
 	__u32 owners[MAX_OWNERS];
-	struct bpf_spin_lock lock;
-	__u32 zero;
+	__u64 zeros[2];
 };
 
 #define ONE_WRITE (1ULL << WRITES_SHIFT)
 #define ALL_WRITES (0xffffULL << WRITES_SHIFT)
+
+/*
+ * The words of `knowledge` once more, and nothing else: in a closed window a packet needs no more, and of these there
+ * are eight in a cache line. Written under the lock of the bucket's knowledge.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} words SEC(".maps");
 
 /* Before the owners are written: whoever reads them without the lock will see it. */
 INLINE void begin_write(struct knowledge *entry)
@@ -141,10 +198,12 @@ INLINE void begin_write(struct knowledge *entry)
 }
 
 /* After the owners have been written; the count in `word` does not matter. */
-INLINE void end_write(struct knowledge *entry, __u64 word)
+INLINE void end_write(struct knowledge *entry, __u64 *word_alone, __u64 word)
 {
+	word = (word & ~ALL_WRITES) | ((entry->word + ONE_WRITE) & ALL_WRITES);
 	asm volatile("" : : : "memory");
-	*(volatile __u64 *)&entry->word = (word & ~ALL_WRITES) | ((entry->word + ONE_WRITE) & ALL_WRITES);
+	*(volatile __u64 *)&entry->word = word;
+	*(volatile __u64 *)word_alone = word;
 }
 
 /*
@@ -184,6 +243,40 @@ struct {
 	__type(key, __u32);
 	__type(value, struct peer);
 } peers SEC(".maps");
+
+/* What this CPU has found in `peers`, as with services. */
+struct cached_peer {
+	__u32 address;
+	__u32 version;
+	struct peer peer;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1 << CACHE_BITS);
+	__type(key, __u32);
+	__type(value, struct cached_peer);
+} peer_cache SEC(".maps");
+
+INLINE const struct peer *find_peer(const struct link *config, __u32 address)
+{
+	__u32 version = *(const volatile __u32 *)&config->peers_version;
+	__u32 at = address * CACHE_MULTIPLIER >> (64 - CACHE_BITS);
+	struct cached_peer *cached = bpf_map_lookup_elem(&peer_cache, &at);
+	const struct peer *peer;
+
+	if (!cached)
+		return 0;
+	if (cached->address == address && cached->version == version)
+		return &cached->peer;
+	peer = bpf_map_lookup_elem(&peers, &address);
+	if (!peer)
+		return 0;
+	cached->peer = *peer;
+	cached->address = address;
+	cached->version = version;
+	return &cached->peer;
+}
 
 /* Addresses of next hops that packets needed and `peers` lacked. */
 struct {

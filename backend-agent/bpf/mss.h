@@ -46,6 +46,7 @@ INLINE __u32 find_mss(struct __sk_buff *skb, __u32 at, __u32 header_len)
 SEC("classifier")
 int daisy_mss(struct __sk_buff *skb)
 {
+	struct service_key service_key = { .protocol = PROTOCOL_TCP };
 	struct ipv4 ip;
 	struct tcp tcp;
 	struct link *config;
@@ -59,8 +60,10 @@ int daisy_mss(struct __sk_buff *skb)
 	if (bpf_skb_load_bytes(skb, tcp_at, &tcp, sizeof(tcp)) ||
 	    (tcp.flags & (TCP_SYN | TCP_ACK)) != (TCP_SYN | TCP_ACK))
 		return TC_ACT_UNSPEC;
+	service_key.vip = ip.source;
+	service_key.port = tcp.source;
 	config = bpf_map_lookup_elem(&link, &zero);
-	if (!config || !find_service(ip.source, tcp.source))
+	if (!config || !bpf_map_lookup_elem(&services, &service_key))
 		return TC_ACT_UNSPEC;
 
 	offset = find_mss(skb, tcp_at, (tcp.data_offset >> 4) * 4);

@@ -20,6 +20,15 @@ INLINE void copy_ethernet(void *to, const void *from)
 	*(__u16 *)(to + 12) = third;
 }
 
+INLINE void put_ipv4(void *to, const __u32 words[IPV4_LEN / 4])
+{
+	__u32 i;
+
+#pragma unroll
+	for (i = 0; i < IPV4_LEN / 4; i++)
+		((__u32 *)to)[i] = words[i];
+}
+
 /* A link-layer address. */
 INLINE void copy_address(void *to, const void *from)
 {

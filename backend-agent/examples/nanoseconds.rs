@@ -3,10 +3,10 @@
 //! where connections live here). Needs root:
 //!
 //! ```text
-//! cargo run --release -p daisy-agent --example nanoseconds [-- --json]
+//! cargo run --release -p daisy-agent --example nanoseconds [-- [--json] [CASE…]]
 //! ```
 //!
-//! With `--json` the last line is one JSON object with the net figures.
+//! Without a case all are timed. With `--json` the last line is one JSON object with the net figures.
 #![allow(clippy::unwrap_used, reason = "a measurement that cannot be made ends")]
 
 #[path = "../tests/common/mod.rs"]
@@ -110,11 +110,9 @@ fn rows(live: &[Client]) -> Vec<Row> {
 }
 
 fn main() {
-    let json = match std::env::args().nth(1).as_deref() {
-        None => false,
-        Some("--json") => true,
-        Some(other) => panic!("{other}: only --json is known"),
-    };
+    let (flags, cases): (Vec<String>, Vec<String>) =
+        std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
+    let json = flags.iter().any(|flag| flag == "--json");
     on_new_host(|bpffs| {
         lone_interface();
         ip(&format!("address add {VIP}/32 dev lo"));
@@ -145,7 +143,14 @@ fn main() {
         let mut timer = Timer::new();
         let mut figures = Vec::new();
         println!("{:<34} {:>9} {:>9} {:>9}  action", "", "ns", "empty ns", "net ns");
-        for (what, key, owners, frames) in rows(&live) {
+        let rows = rows(&live);
+        for case in &cases {
+            assert!(rows.iter().any(|row| row.1 == case), "{case}: no such case");
+        }
+        for (what, key, owners, frames) in rows {
+            if !cases.is_empty() && !cases.iter().any(|case| case == key) {
+                continue;
+            }
             let table: Vec<Installed> = (0..BUCKETS)
                 .map(|bucket| Installed { bucket, generation: Generation(5), chain: chain(owners) })
                 .collect();

@@ -44,7 +44,7 @@ const AGENT: &str = "daisy_agent";
 const INSTALL: &str = "daisy_install";
 const MSS: &str = "daisy_mss";
 /// The maps that are pinned; the others hold nothing that is worth keeping.
-const PINNED: [&str; 6] = ["link", "counters", "trusted", "services", "knowledge", "peers"];
+const PINNED: [&str; 7] = ["link", "counters", "trusted", "services", "knowledge", "words", "peers"];
 
 /// How the data path is to be.
 #[derive(Clone, Debug)]
@@ -269,7 +269,11 @@ impl Datapath {
     fn follow_services(&mut self) -> Result<(), DatapathError> {
         let is_ipip = |slot: &Slot| slot.value.flags & layout::SERVICE_IPIP != 0;
         let flags = if self.slots.values().any(is_ipip) { layout::LINK_IPIP } else { 0 };
-        self.change_link(|link| link.flags = flags)
+        // The data path remembers what it has found in the map, until it sees this.
+        self.change_link(|link| {
+            link.flags = flags;
+            link.services_version = link.services_version.wrapping_add(1);
+        })
     }
 
     /// The services that are set, also by an earlier run whose maps were taken over.
@@ -380,7 +384,13 @@ impl Datapath {
         }
         self.peers
             .insert(address.octets(), value, 0)
-            .map_err(|error| DatapathError::kernel(format!("map peers: set {address}"), &error))
+            .map_err(|error| DatapathError::kernel(format!("map peers: set {address}"), &error))?;
+        self.follow_peers()
+    }
+
+    /// The data path remembers what it has found in the map of peers, until it sees this.
+    fn follow_peers(&mut self) -> Result<(), DatapathError> {
+        self.change_link(|link| link.peers_version = link.peers_version.wrapping_add(1))
     }
 
     /// Forgets a peer. Nothing happens if it is not set.
@@ -392,7 +402,7 @@ impl Datapath {
             Err(error) if !is_missing(&error) => {
                 Err(DatapathError::kernel(format!("map peers: remove {address}"), &error))
             }
-            _ => Ok(()),
+            _ => self.follow_peers(),
         }
     }
 
@@ -523,7 +533,8 @@ fn load_programs(config: &Config, pins: &Pins, log: VerifierLogLevel) -> Result<
         .override_global("my_address", &address, true)
         .override_global("gue_port", &port, true)
         .override_global("chaining", &chaining, true)
-        .map_max_entries("knowledge", config.bucket_capacity);
+        .map_max_entries("knowledge", config.bucket_capacity)
+        .map_max_entries("words", config.bucket_capacity);
     for name in PINNED {
         loader.map_pin_path(name, pins.maps().join(name));
     }

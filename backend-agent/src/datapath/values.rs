@@ -17,6 +17,8 @@ pub(super) struct Link {
     pub address: [u8; 4],
     pub trusted_version: u32,
     pub flags: u32,
+    pub services_version: u32,
+    pub peers_version: u32,
 }
 
 /// `struct counters`.
@@ -74,16 +76,17 @@ impl ServiceValue {
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(super) struct KnowledgeValue {
-    pub word: u64,
-    pub owners: [[u8; 4]; MAX_OWNERS],
     pub lock: u32,
     pub zero: u32,
+    pub word: u64,
+    pub owners: [[u8; 4]; MAX_OWNERS],
+    pub zeros: [u64; 2],
 }
 
 impl KnowledgeValue {
     /// Room to read one into.
     pub const EMPTY: KnowledgeValue =
-        KnowledgeValue { word: 0, owners: [[0; 4]; MAX_OWNERS], lock: 0, zero: 0 };
+        KnowledgeValue { lock: 0, zero: 0, word: 0, owners: [[0; 4]; MAX_OWNERS], zeros: [0; 2] };
 
     /// What it says, if anything.
     pub fn read(&self) -> Option<Knowledge<Ipv4Addr>> {
@@ -123,10 +126,10 @@ mod tests {
 
     #[test]
     fn sizes_are_those_of_the_c_structures() {
-        assert_eq!(size_of::<Link>(), 20);
+        assert_eq!(size_of::<Link>(), 28);
         assert_eq!(size_of::<ServiceKey>(), 8);
         assert_eq!(size_of::<ServiceValue>(), 32);
-        assert_eq!(size_of::<KnowledgeValue>(), 48);
+        assert_eq!(size_of::<KnowledgeValue>(), 64);
         assert_eq!(size_of::<PeerValue>(), 16);
     }
 }

@@ -4,6 +4,7 @@
 //! | module | what it does |
 //! |---|---|
 //! | [`pipeline`] | decides about a burst of frames and encapsulates them in place; no I/O |
+//! | [`processor`] | vector instructions for the flow hash, and prefetching |
 //! | [`table`] | what the pipeline reads, and how it changes under it |
 //! | [`io`] | where frames come from and go to |
 //! | [`metrics`] | one counter for each way a packet may go |
@@ -22,6 +23,7 @@ pub mod io;
 pub mod metrics;
 pub mod neighbours;
 pub mod pipeline;
+pub mod processor;
 pub mod state;
 pub mod sync;
 pub mod table;

@@ -5,28 +5,27 @@
 //! no I/O, takes no lock, allocates nothing and keeps nothing between bursts: the same frames and the same
 //! [`Snapshot`] give the same bytes.
 //!
-//! A burst goes through three loops rather than each packet through all steps: the loads of one loop do not
-//! depend on one another, so the misses of a whole burst (frame headers, then bucket words) overlap.
+//! A burst goes through four loops rather than each packet through all steps: parse, hash, look up, encapsulate.
+//! The loads of one loop do not depend on one another, so the misses of a whole burst (frame headers, then bucket
+//! words) overlap, and the hashes of several flows are computed at once.
 
 use core::net::Ipv4Addr;
 
 use arrayvec::ArrayVec;
 use daisy_shared::bucket::{BackendId, BucketWord};
-use daisy_shared::chain::{Owners, Walk};
 use daisy_shared::drop::DropReason;
 use daisy_shared::service::Encapsulation;
 use daisy_shared::wire::{fast, gue, outer};
 
+use crate::processor::{self, Flows};
 pub use crate::table::CLOSED_LEN;
-use crate::table::{Reach, Snapshot, Template};
+use crate::table::{Reach, Snapshot, Template, service_key};
 
 /// How many packets go through the pipeline together.
 pub const BURST: usize = 64;
 
-/// Length in bytes of the GUE header in an open window: the walk with one owner to visit.
-const GUE_OPEN_LEN: usize = gue::BASE_LEN + gue::WALK_BASE_LEN + 4;
 /// Length in bytes of all headers before the inner IP packet in an open window, but for VLAN tags.
-pub const OPEN_LEN: usize = fast::ETHERNET_LEN + outer::LEN + GUE_OPEN_LEN;
+pub const OPEN_LEN: usize = fast::ETHERNET_LEN + outer::LEN + gue::ONE_TO_VISIT_LEN;
 /// Length in bytes of all headers before the inner IP packet with IPIP, but for VLAN tags.
 pub const IPIP_LEN: usize = fast::ETHERNET_LEN + outer::IPIP_LEN;
 /// The room in bytes that a frame needs before its first byte, so that it can be encapsulated in place. Tags that it
@@ -110,18 +109,36 @@ impl<'b> Slot<'b> {
 }
 
 /// What the first loop finds out about a packet that is for a service.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Wanted {
-    hash: u64,
-    /// The service, as an index into the snapshot's.
-    service: u32,
-    ip_len: u16,
-    tos: u8,
+    /// The frame, as an index into the burst.
+    slot: u8,
     /// Length in bytes of the link-layer header, tags included.
     link_len: u8,
+    tos: u8,
+    ip_len: u16,
+    /// The service, as an index into the snapshot's.
+    service: u32,
 }
 
-const NOT_WANTED: Wanted = Wanted { hash: 0, service: 0, ip_len: 0, tos: 0, link_len: 0 };
+/// The packets of a burst that are for a service, one after the other, and their flows in columns.
+struct Found {
+    len: usize,
+    wanted: [Wanted; BURST],
+    flows: Flows,
+}
+
+impl Found {
+    #[inline]
+    fn push(&mut self, wanted: Wanted, key: (u64, u64), message: [u64; 2]) {
+        // A burst has no more; the mask tells the compiler.
+        let row = self.len % BURST;
+        (self.flows.key[0][row], self.flows.key[1][row]) = key;
+        [self.flows.message[0][row], self.flows.message[1][row]] = message;
+        self.wanted[row] = wanted;
+        self.len += 1;
+    }
+}
 
 /// Decides about every frame of a burst that has no verdict yet, and encapsulates those that are sent. All came in
 /// by the interface of number `ingress`.
@@ -129,47 +146,100 @@ const NOT_WANTED: Wanted = Wanted { hash: 0, service: 0, ip_len: 0, tos: 0, link
 /// # Panics
 /// If the snapshot has no interface of that number.
 pub fn decide(snapshot: &Snapshot, ingress: u8, burst: &mut [Slot<'_>]) {
-    let station = snapshot.links[usize::from(ingress)].mac;
+    let station = Station::new(snapshot.links[usize::from(ingress)].mac);
+    let mut found = Found { len: 0, wanted: [Wanted::default(); BURST], flows: Flows::EMPTY };
+    let mut words = [BucketWord::EMPTY; BURST];
     for part in burst.chunks_mut(BURST) {
-        let mut wanted = [NOT_WANTED; BURST];
-        let mut words = [BucketWord::EMPTY; BURST];
-        for (slot, wanted) in part.iter_mut().zip(&mut wanted) {
-            if slot.verdict == Verdict::Undecided {
-                match classify(snapshot, station, slot.frame()) {
-                    Ok(found) => *wanted = found,
-                    Err(verdict) => slot.verdict = verdict,
+        for slot in &*part {
+            processor::prefetch_around(slot.buffer, slot.start);
+        }
+        found.len = 0;
+        let mut last = Service::NONE;
+        for (i, slot) in part.iter_mut().enumerate() {
+            if slot.verdict != Verdict::Undecided {
+                continue;
+            }
+            match classify(snapshot, &station, &mut last, slot.frame()) {
+                Ok((wanted, message)) => {
+                    found.push(Wanted { slot: i as u8, ..wanted }, last.hash_key, message)
                 }
+                Err(verdict) => slot.verdict = verdict,
             }
         }
-        for (slot, (wanted, word)) in part.iter().zip(wanted.iter().zip(&mut words)) {
-            if slot.verdict == Verdict::Undecided {
-                *word = snapshot.service(wanted.service).table.lookup(wanted.hash);
-            }
+        found.flows.hash(found.len);
+        let found = found.wanted[..found.len].iter().zip(&found.flows.hash);
+        for ((wanted, hash), word) in found.clone().zip(&mut words) {
+            *word = snapshot.service(wanted.service).table.lookup(*hash);
         }
-        for (slot, (wanted, word)) in part.iter_mut().zip(wanted.iter().zip(&words)) {
-            if slot.verdict == Verdict::Undecided {
-                slot.verdict = match encapsulate(snapshot, slot, wanted, *word) {
-                    Ok(verdict) => verdict,
-                    Err(reason) => Verdict::Drop(reason),
-                };
+        for ((wanted, hash), word) in found.zip(&words) {
+            let slot = &mut part[usize::from(wanted.slot)];
+            if let Err(reason) = encapsulate(snapshot, slot, wanted, *hash, *word) {
+                slot.verdict = Verdict::Drop(reason);
             }
         }
     }
 }
 
-/// Which service a frame is for, and where it falls; otherwise its verdict.
-#[inline]
-fn classify(snapshot: &Snapshot, station: [u8; 6], frame: &[u8]) -> Result<Wanted, Verdict> {
+/// The Ethernet address of the interface that a burst came in by.
+struct Station {
+    mac: [u8; 6],
+    /// For [`fast::parse_common`].
+    word: u64,
+}
+
+impl Station {
+    fn new(mac: [u8; 6]) -> Station {
+        let [a, b, c, d, e, f] = mac;
+        Station { mac, word: u64::from_le_bytes([a, b, c, d, e, f, 0, 0]) }
+    }
+}
+
+/// A service that packets were for: the next packet is likely for the same.
+#[derive(Clone, Copy)]
+struct Service {
+    key: u64,
+    index: u32,
+    hash_key: (u64, u64),
+}
+
+impl Service {
+    /// No service's key is 0.
+    const NONE: Service = Service { key: 0, index: 0, hash_key: (0, 0) };
+}
+
+/// Which service a frame is for, which becomes `last`, and its flow; otherwise its verdict.
+#[inline(always)]
+fn classify(
+    snapshot: &Snapshot,
+    station: &Station,
+    last: &mut Service,
+    frame: &[u8],
+) -> Result<(Wanted, [u64; 2]), Verdict> {
+    let (message, wanted) = match fast::parse_common(frame, station.word) {
+        Some(fast::Common { message, tos, ip_len }) => {
+            (message, Wanted { link_len: fast::ETHERNET_LEN as u8, tos, ip_len, ..Wanted::default() })
+        }
+        None => classify_any(snapshot, station, frame)?,
+    };
+    let key = service_key(message);
+    if key != last.key {
+        let index = snapshot.find(key).ok_or(Verdict::Pass)?;
+        *last = Service { key, index, hash_key: snapshot.service(index).hash_key.words() };
+    }
+    Ok((Wanted { service: last.index, ..wanted }, message))
+}
+
+/// The flow of a frame that is not of the common kind; otherwise its verdict.
+#[inline(never)]
+fn classify_any(snapshot: &Snapshot, station: &Station, frame: &[u8]) -> Result<([u64; 2], Wanted), Verdict> {
     // A frame for another station (flooded by a switch, or broadcast) is another mux's, or nobody's.
-    if frame.get(..6).is_some_and(|destination| destination != station) {
+    if frame.get(..6).is_some_and(|destination| destination != station.mac) {
         return Err(Verdict::Pass);
     }
     match fast::parse(frame) {
         Ok(fast::Frame::Flow(packet)) => {
-            let service = snapshot.find(&packet.flow).ok_or(Verdict::Pass)?;
-            let hash = packet.flow.hash(snapshot.service(service).hash_key);
-            let fast::Packet { ip_len, tos, link_len, .. } = packet;
-            Ok(Wanted { hash, service, ip_len, tos, link_len })
+            let fast::Packet { flow, link_len, tos, ip_len, .. } = packet;
+            Ok((flow.message(), Wanted { link_len, tos, ip_len, ..Wanted::default() }))
         }
         Ok(fast::Frame::Fragment { destination }) if snapshot.is_vip(destination) => {
             Err(Verdict::Drop(DropReason::Fragment))
@@ -189,68 +259,62 @@ fn malformed(snapshot: &Snapshot, frame: &[u8], reason: DropReason) -> Verdict {
     }
 }
 
-/// Writes the outer headers before the IP packet of a frame.
-#[inline]
+/// Writes the outer headers before the IP packet of a frame, and the verdict to send it.
+#[inline(always)]
 fn encapsulate(
     snapshot: &Snapshot,
     slot: &mut Slot<'_>,
     wanted: &Wanted,
+    hash: u64,
     word: BucketWord,
-) -> Result<Verdict, DropReason> {
-    let head = word.head().some().ok_or(DropReason::NoBackend)?;
-    let previous = match word.previous().some() {
-        None => None,
-        // Not sent without its walk: this cannot happen while directories are applied before tables, and if it
-        // did, it had better be seen.
-        Some(previous) => Some(known(snapshot, Encapsulation::Gue, previous)?.address),
+) -> Result<(), DropReason> {
+    let (head, previous) = (word.head(), word.previous());
+    let walk = previous != BackendId::NONE;
+    let (encapsulation, outer_len) = match snapshot.service(wanted.service).encapsulation {
+        // Only GUE has room for a walk.
+        _ if walk => (Encapsulation::Gue, OPEN_LEN - fast::ETHERNET_LEN),
+        Encapsulation::Gue => (Encapsulation::Gue, CLOSED_LEN - fast::ETHERNET_LEN),
+        Encapsulation::Ipip => (Encapsulation::Ipip, outer::IPIP_LEN),
     };
-    let (encapsulation, outer_len) = match (previous, snapshot.service(wanted.service).encapsulation) {
-        (Some(_), _) => (Encapsulation::Gue, OPEN_LEN - fast::ETHERNET_LEN),
-        (None, Encapsulation::Gue) => (Encapsulation::Gue, CLOSED_LEN - fast::ETHERNET_LEN),
-        (None, Encapsulation::Ipip) => (Encapsulation::Ipip, outer::IPIP_LEN),
+    let Some(template) = snapshot.template(encapsulation, head) else {
+        return Err(unreachable(snapshot, word));
     };
-    let template = known(snapshot, encapsulation, head)?;
-    if template.reach != Reach::Resolved {
-        return Err(DropReason::NoNextHop);
-    }
     let ip_len = outer_len + usize::from(wanted.ip_len);
+    // Without a next hop nothing fits.
     if ip_len > usize::from(template.mtu) {
-        return Err(DropReason::TooBig);
+        return Err(unreachable(snapshot, word));
     }
     // Below the MTU, which is 16 bits.
     let ip_len = ip_len as u16;
     let link_len = usize::from(wanted.link_len);
     let inner = slot.start + link_len;
-    let Some(start) = inner.checked_sub(link_len + outer_len) else { return Err(DropReason::NoHeadroom) };
-
-    // The tags are where the outer headers come to lie.
+    let Some(start) = slot.start.checked_sub(outer_len) else { return Err(DropReason::NoHeadroom) };
+    let header = match snapshot.template(Encapsulation::Gue, previous) {
+        // Not sent without its walk: this cannot happen while directories are applied before tables, and if it
+        // did, it had better be seen.
+        None | Some(Template { reach: Reach::Unknown, .. }) if walk => {
+            return Err(DropReason::UnknownBackend);
+        }
+        Some(previous) if walk => Some(gue::one_to_visit(word.generation(), previous.address)),
+        _ => None,
+    };
+    // Nothing is written before here. The tags are where the outer headers come to lie.
     let tagged = (link_len > fast::ETHERNET_LEN).then(|| Tags::of(slot.frame(), link_len));
     let ip_start = inner - outer_len;
+    let out = &mut slot.buffer[ip_start - fast::ETHERNET_LEN..inner];
     let checksum = template.ip_checksum(wanted.tos, ip_len);
-    match encapsulation {
-        Encapsulation::Ipip => {
-            let out = &mut slot.buffer[ip_start - fast::ETHERNET_LEN..][..IPIP_LEN];
-            out.copy_from_slice(&template.headers[..IPIP_LEN]);
-            write_ip(out, wanted.tos, ip_len, checksum);
-        }
-        Encapsulation::Gue => {
-            let out = &mut slot.buffer[ip_start - fast::ETHERNET_LEN..][..CLOSED_LEN];
-            out.copy_from_slice(&template.headers);
-            write_ip(out, wanted.tos, ip_len, checksum);
-            out[field::UDP_SOURCE].copy_from_slice(&outer::source_port(wanted.hash).to_be_bytes());
-            out[field::UDP_LEN].copy_from_slice(&(ip_len - 20).to_be_bytes());
-        }
+    if encapsulation == Encapsulation::Gue {
+        out[..CLOSED_LEN].copy_from_slice(&template.headers);
+        out[field::UDP_SOURCE].copy_from_slice(&outer::source_port(hash).to_be_bytes());
+        out[field::UDP_LEN].copy_from_slice(&(ip_len - 20).to_be_bytes());
+    } else {
+        out[..IPIP_LEN].copy_from_slice(&template.headers[..IPIP_LEN]);
     }
-    if let Some(previous) = previous {
-        let walk = Walk {
-            generation: word.generation(),
-            hops: 0,
-            returned: false,
-            visited: Owners::new(),
-            to_visit: Owners::from_iter([previous]),
-        };
-        let header = gue::Header { protocol: gue::PROTO_IPV4, walk: Some(walk) };
-        header.emit(&mut slot.buffer[inner - GUE_OPEN_LEN..inner]);
+    out[field::TOS] = wanted.tos;
+    out[field::IP_LEN].copy_from_slice(&ip_len.to_be_bytes());
+    out[field::IP_CHECKSUM].copy_from_slice(&checksum.to_be_bytes());
+    if let Some(header) = header {
+        out[CLOSED_LEN - gue::BASE_LEN..].copy_from_slice(&header);
     }
     if let Some(tags) = tagged {
         tags.put(&mut slot.buffer[start..ip_start], &template.headers);
@@ -258,15 +322,20 @@ fn encapsulate(
     slot.start = start;
     // Ethernet pads short frames; the padding is not part of the packet.
     slot.end = inner + usize::from(wanted.ip_len);
-    Ok(Verdict::Send { backend: head, egress: template.egress, walk: previous.is_some() })
+    slot.verdict = Verdict::Send { backend: head, egress: template.egress, walk };
+    Ok(())
 }
 
-/// Writes what differs from packet to packet into an Ethernet and IPv4 header.
-#[inline]
-fn write_ip(out: &mut [u8], tos: u8, ip_len: u16, checksum: u16) {
-    out[field::TOS] = tos;
-    out[field::IP_LEN].copy_from_slice(&ip_len.to_be_bytes());
-    out[field::IP_CHECKSUM].copy_from_slice(&checksum.to_be_bytes());
+/// Why a packet of this bucket cannot be sent on.
+#[cold]
+fn unreachable(snapshot: &Snapshot, word: BucketWord) -> DropReason {
+    let reach = |backend| snapshot.template(Encapsulation::Gue, backend).map_or(Reach::Unknown, |t| t.reach);
+    let Some(head) = word.head().some() else { return DropReason::NoBackend };
+    match (reach(head), word.previous().some().map(reach)) {
+        (Reach::Unknown, _) | (_, Some(Reach::Unknown)) => DropReason::UnknownBackend,
+        (Reach::NoNextHop, _) => DropReason::NoNextHop,
+        (Reach::Resolved, _) => DropReason::TooBig,
+    }
 }
 
 /// The VLAN tags of a frame, with the EtherType behind them.
@@ -287,15 +356,4 @@ impl Tags {
         link[..Tags::START].copy_from_slice(&headers[..Tags::START]);
         link[Tags::START..].copy_from_slice(&self.0);
     }
-}
-
-/// A backend's template, if the directory knows it.
-#[inline]
-fn known(
-    snapshot: &Snapshot,
-    encapsulation: Encapsulation,
-    backend: BackendId,
-) -> Result<&Template, DropReason> {
-    let template = snapshot.template(encapsulation, backend);
-    template.filter(|t| t.reach != Reach::Unknown).ok_or(DropReason::UnknownBackend)
 }

@@ -77,7 +77,7 @@ pub struct Template {
     pub reach: Reach,
     /// The number of the interface that it leaves by.
     pub egress: u8,
-    /// The longest IP packet in bytes that this interface carries.
+    /// The longest IP packet in bytes that this interface carries; 0 unless [`Reach::Resolved`].
     pub mtu: u16,
     /// The backend's underlay address.
     pub address: Ipv4Addr,
@@ -177,10 +177,10 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// The service that a packet of this flow is for, as an index for [`Snapshot::service`].
+    /// The service of this key, as an index for [`Snapshot::service`].
     #[inline]
-    pub fn find(&self, flow: &FlowV4) -> Option<u32> {
-        self.index.find(service_key(flow.destination, flow.protocol, flow.destination_port))
+    pub fn find(&self, key: u64) -> Option<u32> {
+        self.index.find(key)
     }
 
     /// The service of this index.
@@ -214,9 +214,11 @@ impl Snapshot {
     }
 }
 
-/// Address, protocol and port in one word, which is never 0 as no protocol is.
-fn service_key(vip: Ipv4Addr, protocol: u8, port: u16) -> u64 {
-    u64::from(vip.to_bits()) << 32 | u64::from(port) << 16 | u64::from(protocol)
+/// The key of the service that a flow is for, from [`FlowV4::message`]: destination address, destination port and
+/// protocol in one word, which is never 0 as no protocol is.
+#[inline]
+pub fn service_key([addresses, rest]: [u64; 2]) -> u64 {
+    addresses >> 32 | (rest & 0xff_ffff_0000) << 16
 }
 
 /// Somebody besides I/O threads who forwards by the tables: the XDP program.
@@ -589,10 +591,16 @@ impl Tables {
 
     /// Puts a new snapshot in place, and returns when no I/O thread uses an older one.
     fn publish_soon(&mut self) {
-        let keys = self
-            .services
-            .values()
-            .map(|known| service_key(known.vip, known.service.protocol.number(), known.service.port));
+        let keys = self.services.values().map(|known| {
+            let flow = FlowV4 {
+                source: Ipv4Addr::UNSPECIFIED,
+                destination: known.vip,
+                source_port: 0,
+                destination_port: known.service.port,
+                protocol: known.service.protocol.number(),
+            };
+            service_key(flow.message())
+        });
         let vips: BTreeSet<_> = self.services.values().map(|known| known.vip).collect();
         let len = self.backends.last_key_value().map_or(0, |(id, _)| usize::from(id.0) + 1);
         let templates = [Encapsulation::Gue, Encapsulation::Ipip].map(|encapsulation| {

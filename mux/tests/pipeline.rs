@@ -14,12 +14,12 @@ use daisy_mux::io::pcap::Pcap;
 use daisy_mux::io::{PacketIo, Worker};
 use daisy_mux::metrics::Counters;
 use daisy_mux::pipeline::{self, CLOSED_LEN, HEADROOM, OPEN_LEN, Slot, Verdict};
-use daisy_mux::table::{ApplyError, Tables};
+use daisy_mux::table::{ApplyError, Link, NextHop, Tables};
 use daisy_shared::bucket::BackendId;
 use daisy_shared::chain::{Generation, Walk};
 use daisy_shared::drop::DropReason;
-use daisy_shared::flow::{FlowV4, bucket_of};
-use daisy_shared::service::{Service, ServiceId};
+use daisy_shared::flow::{FlowV4, HashKey, bucket_of};
+use daisy_shared::service::{Encapsulation, Service, ServiceId};
 use daisy_shared::wire::{gue, outer};
 use etherparse::{IpNumber, Ipv4Header, PacketBuilder};
 use pcap_file::pcap::{PcapPacket, PcapReader, PcapWriter};
@@ -136,6 +136,102 @@ fn fixture_rows() {
         assert_eq!(got, verdict, "{what}");
         assert_eq!(sent, bytes, "{what}");
     }
+}
+
+/// As [`tables`], of a service that travels in IPIP.
+fn tables_with_ipip(backends: u16, chain: &[u16]) -> Tables {
+    let service = Service { encapsulation: Encapsulation::Ipip, ..service() };
+    let mut tables = tables(backends, chain);
+    tables.apply(&service, &snapshot(&service, 5, chain)).unwrap();
+    tables
+}
+
+#[test]
+fn ipip_in_closed_windows_and_gue_in_open_ones() {
+    let plain = tcp(4000, VIP, 80, b"hello");
+    let send = |backend, walk| Verdict::Send { backend: BackendId(backend), egress: 0, walk };
+    let (verdict, sent) = through(&tables_with_ipip(2, &[1]), &plain);
+    assert_eq!((verdict, sent), (send(1, false), in_ipip(1, 0, &plain[14..])));
+    assert_eq!(through(&tables_with_ipip(3, &[3, 2]), &plain), through(&tables(3, &[3, 2]), &plain));
+    let longest = tcp(4000, VIP, 80, &vec![0x5a; 1500 - 20 - 40]);
+    assert_eq!(through(&tables_with_ipip(1, &[1]), &longest).0, send(1, false));
+    let too_long = tcp(4000, VIP, 80, &vec![0x5a; 1500 - 20 - 40 + 1]);
+    assert_eq!(through(&tables_with_ipip(1, &[1]), &too_long).0, Verdict::Drop(DropReason::TooBig));
+}
+
+#[test]
+fn vlan_tags_stay_on_the_frame() {
+    let (customer, provider) = ([0x81, 0, 0x60, 7], [0x88, 0xa8, 0, 9]);
+    let all = [tables(2, &[1]), tables(2, &[1, 2]), tables_with_ipip(2, &[1])];
+    let plain = tcp(4000, VIP, 80, b"hello");
+    let mut padded = tagged(&[customer], &tcp(4000, VIP, 80, b""));
+    padded.resize(64, 0xee);
+    for tables in &all {
+        let (verdict, untagged) = through(tables, &plain);
+        for tags in [&[customer][..], &[provider], &[provider, customer]] {
+            assert_eq!(
+                through(tables, &tagged(tags, &plain)),
+                (verdict, tagged(tags, &untagged)),
+                "{tags:x?}"
+            );
+        }
+        let (_, untagged) = through(tables, &tcp(4000, VIP, 80, b""));
+        assert_eq!(through(tables, &padded).1, tagged(&[customer], &untagged));
+        // Three are more than is looked behind: somebody else's.
+        let three = tagged(&[provider, provider, customer], &plain);
+        assert_eq!(through(tables, &three), (Verdict::Pass, vec![]));
+        let mut bad = tagged(&[customer], &plain);
+        bad[28] ^= 1;
+        assert_eq!(through(tables, &bad).0, Verdict::Drop(DropReason::BadIpChecksum));
+        assert_eq!(
+            through(tables, &tagged(&[customer], &plain)[..17]).0,
+            Verdict::Drop(DropReason::Truncated)
+        );
+    }
+}
+
+#[test]
+fn a_packet_leaves_by_the_interface_of_its_next_hop() {
+    const INNER: Link = Link { mac: [2, 0, 0, 0, 9, 1], mtu: 1400 };
+    let mut tables = Tables::new(UNDERLAY, [LINK, INNER]);
+    tables.set_directory(&directory(1, [1, 2]));
+    tables.set_next_hop(address(1), Some(NextHop { egress: 1, mac: mac(1) }));
+    tables.set_next_hop(address(2), Some(NextHop { egress: 2, mac: mac(2) }));
+    tables.apply(&service(), &snapshot(&service(), 5, &[1])).unwrap();
+    let mut expected =
+        encapsulated(1, outer::source_port(hash(4000)), 0, &GUE_CLOSED, &tcp(4000, VIP, 80, b"")[14..]);
+    expected[6..12].copy_from_slice(&INNER.mac);
+    let frame = tcp(4000, VIP, 80, b"");
+    let (verdict, sent) = through(&tables, &frame);
+    assert_eq!(verdict, Verdict::Send { backend: BackendId(1), egress: 1, walk: false });
+    assert_eq!(sent, expected);
+    // The MTU is that of the interface it leaves by.
+    let too_long = tcp(4000, VIP, 80, &vec![0; 1400 - 32 - 40 + 1]);
+    assert_eq!(through(&tables, &too_long).0, Verdict::Drop(DropReason::TooBig));
+    // Each interface has an address of its own.
+    let mut buffer = [&[0; 64][..], &frame].concat();
+    let mut slot = Slot::new(&mut buffer, 64, frame.len());
+    pipeline::decide(&tables.shared().load(), 1, std::slice::from_mut(&mut slot));
+    assert_eq!(slot.verdict, Verdict::Pass);
+    // A next hop behind no interface of the mux's is none.
+    tables.apply(&service(), &snapshot(&service(), 6, &[2])).unwrap();
+    assert_eq!(through(&tables, &frame).0, Verdict::Drop(DropReason::NoNextHop));
+}
+
+#[test]
+fn packets_of_several_services_share_a_burst() {
+    let mut tables = tables(3, &[1]);
+    let tls =
+        Service { id: ServiceId(2), name: "tls".into(), port: 443, hash_key: HashKey([9; 16]), ..service() };
+    tables.apply(&tls, &snapshot(&tls, 5, &[2])).unwrap();
+    let frames: Vec<_> = (0..150u16).map(|i| tcp(i, VIP, [80, 443, 22][usize::from(i) % 3], b"")).collect();
+    let mut io = Memory::new(frames.clone());
+    let mut worker = worker(&tables);
+    while io.turn(&mut worker, Duration::ZERO).unwrap() > 0 {}
+    let alone: Vec<_> = frames.iter().map(|frame| through(&tables, frame)).collect();
+    assert_eq!(io.verdicts, alone.iter().map(|(verdict, _)| *verdict).collect::<Vec<_>>());
+    let sent: Vec<_> = alone.into_iter().map(|(_, sent)| sent).filter(|sent| !sent.is_empty()).collect();
+    assert_eq!((io.sent.len(), &io.sent), (100, &sent));
 }
 
 #[test]

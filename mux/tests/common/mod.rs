@@ -153,6 +153,24 @@ pub fn encapsulated(backend: u16, source_port: u16, tos: u8, gue: &[u8], inner: 
     frame
 }
 
+/// The frame that the mux makes of the IP packet `inner` with IPIP.
+pub fn in_ipip(backend: u16, tos: u8, inner: &[u8]) -> Vec<u8> {
+    let mut ip =
+        Ipv4Header::new(0, 64, etherparse::IpNumber::IPV4, MUX.octets(), address(backend).octets()).unwrap();
+    ip.dont_fragment = true;
+    ip.dscp = IpDscp::try_new(tos >> 2).unwrap();
+    ip.ecn = IpEcn::try_new(tos & 3).unwrap();
+    let mut frame = ipv4(ip, inner);
+    frame[0..6].copy_from_slice(&mac(backend));
+    frame[6..12].copy_from_slice(&MUX_MAC);
+    frame
+}
+
+/// A frame with VLAN tags, the outermost first.
+pub fn tagged(tags: &[[u8; 4]], frame: &[u8]) -> Vec<u8> {
+    [&frame[..12], tags.as_flattened(), &frame[12..]].concat()
+}
+
 /// What an encapsulated frame says.
 #[derive(Debug)]
 pub struct Decapsulated {

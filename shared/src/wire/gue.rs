@@ -160,6 +160,22 @@ impl Header {
     }
 }
 
+/// Length in bytes of [`one_to_visit`].
+pub const ONE_TO_VISIT_LEN: usize = BASE_LEN + WALK_BASE_LEN + 4;
+
+/// The header that a mux writes in an open window: an IPv4 packet follows, nobody was visited, one owner is to be.
+#[inline]
+pub fn one_to_visit(generation: Generation, owner: Ipv4Addr) -> [u8; ONE_TO_VISIT_LEN] {
+    let mut out = [0; ONE_TO_VISIT_LEN];
+    out[field::FIRST] = ((ONE_TO_VISIT_LEN - BASE_LEN) / 4) as u8;
+    out[field::PROTO] = PROTO_IPV4;
+    out[field::WALK_FIRST] = WALK_VERSION << 4;
+    out[field::OWNERS] = 1;
+    out[field::GENERATION].copy_from_slice(&generation.0.to_be_bytes());
+    out[field::ADDRESSES..].copy_from_slice(&owner.octets());
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -228,6 +244,21 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn one_to_visit_is_what_emit_writes(generation: u32, owner: [u8; 4]) {
+            let (generation, owner) = (Generation(generation), Ipv4Addr::from(owner));
+            let walk = Walk {
+                generation,
+                hops: 0,
+                returned: false,
+                visited: Owners::new(),
+                to_visit: [owner].into_iter().collect(),
+            };
+            let mut out = [0xee; ONE_TO_VISIT_LEN];
+            Header { protocol: PROTO_IPV4, walk: Some(walk) }.emit(&mut out);
+            prop_assert_eq!(out, one_to_visit(generation, owner));
+        }
+
         #[test]
         fn parse_undoes_emit(walk in proptest::option::of(walks())) {
             let header = Header { protocol: PROTO_IPV4, walk };

@@ -1,0 +1,131 @@
+//! What processors do better when asked with particular instructions: the flow hash of a burst, as many flows at
+//! once as a vector register holds, and memory that is fetched before it is needed.
+//!
+//! Besides packet I/O this is the only `unsafe` of the mux: calling what was compiled for instructions that another
+//! processor may lack, and naming an address to fetch. `docs/decisions/0012-speed-of-the-pipeline.md` has what each
+//! buys.
+
+use daisy_shared::flow;
+
+use crate::pipeline::BURST;
+
+/// How many flows a vector register may hold.
+const LANES: usize = 8;
+const _: () = assert!(BURST.is_multiple_of(LANES));
+
+/// The flows of a burst, in columns: row `i` of each belongs to flow `i`.
+#[derive(Clone, Debug)]
+#[repr(align(64))]
+pub struct Flows {
+    /// The keys' words.
+    pub key: [[u64; BURST]; 2],
+    /// The messages' words, see [`flow::FlowV4::message`].
+    pub message: [[u64; BURST]; 2],
+    /// The hashes, once they are computed.
+    pub hash: [u64; BURST],
+}
+
+impl Flows {
+    /// Nothing yet.
+    pub const EMPTY: Flows = Flows { key: [[0; BURST]; 2], message: [[0; BURST]; 2], hash: [0; BURST] };
+
+    /// Computes the hashes of the first `len` flows, at most [`BURST`].
+    #[inline]
+    pub fn hash(&mut self, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") {
+                // SAFETY: this processor has the instructions that the function was compiled for.
+                return unsafe { hash_avx512(self, len) };
+            }
+            if is_x86_feature_detected!("avx2") {
+                // SAFETY: as above.
+                return unsafe { hash_avx2(self, len) };
+            }
+        }
+        hash_any(self, len);
+    }
+}
+
+/// With rotations, and 4 or 8 flows in a register.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn hash_avx512(flows: &mut Flows, len: usize) {
+    hash_any(flows, len);
+}
+
+/// With 4 flows in a register.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn hash_avx2(flows: &mut Flows, len: usize) {
+    hash_any(flows, len);
+}
+
+#[inline(always)]
+fn hash_any(flows: &mut Flows, len: usize) {
+    let Flows { key: [k0, k1], message: [m0, m1], hash } = flows;
+    // Whole registers: rows behind the last hold something, and nobody looks at their hashes.
+    let rows = len.next_multiple_of(LANES).min(BURST);
+    let rows = hash[..rows].iter_mut().zip(k0).zip(k1).zip(m0).zip(m1);
+    for ((((hash, k0), k1), m0), m1) in rows {
+        *hash = flow::siphash13((*k0, *k1), [*m0, *m1]);
+    }
+}
+
+/// Has the memory of a byte and of the one before it fetched, if they are in `buffer`: the first line of a frame, to
+/// be read, and the line before it, where headers are written.
+#[inline(always)]
+pub fn prefetch_around(buffer: &[u8], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
+        let start = buffer.as_ptr().cast::<i8>();
+        // SAFETY: fetching reads nothing and cannot fault, whatever the address; SSE is part of x86-64.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at));
+            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at.wrapping_sub(1)));
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _elsewhere_the_processor_guesses = (buffer, at);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use daisy_shared::flow::{FlowV4, HashKey};
+
+    #[test]
+    fn each_row_is_the_hash_of_its_flow() {
+        let flow = |i: usize| FlowV4 {
+            source: [10, 0, 0, i as u8].into(),
+            destination: [203, 0, 113, 1].into(),
+            source_port: 1000 + i as u16,
+            destination_port: 80,
+            protocol: 6,
+        };
+        let key = |i: usize| HashKey([i as u8 % 3; 16]);
+        let mut empty = Flows::EMPTY;
+        for i in 0..BURST {
+            (empty.key[0][i], empty.key[1][i]) = key(i).words();
+            [empty.message[0][i], empty.message[1][i]] = flow(i).message();
+        }
+        type Function = fn(&mut Flows, usize);
+        let mut functions: Vec<(&str, Function)> = vec![("any", hash_any), ("detected", Flows::hash)];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: just asked.
+            functions.push(("avx2", |flows, len| unsafe { hash_avx2(flows, len) }));
+        }
+        for (name, function) in functions {
+            for len in [0, 1, 7, 8, 9, 63, BURST] {
+                let mut flows = empty.clone();
+                function(&mut flows, len);
+                for i in 0..len {
+                    assert_eq!(flows.hash[i], flow(i).hash(key(i)), "{name}, flow {i} of {len}");
+                }
+            }
+        }
+    }
+}

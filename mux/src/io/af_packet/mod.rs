@@ -47,7 +47,8 @@ const SEND_BUFFER: c_int = 16 << 20;
 const SEND_WAIT: Duration = Duration::from_millis(10);
 /// How many turns may pass before the kernel is asked what it dropped.
 const STATISTICS_EVERY: u32 = 1024;
-/// How the kernel shares packets out, and that packets which leave are none of them.
+/// How the kernel shares packets out, and that packets which leave are none of them. Older kernels, such as 6.1, do
+/// not know the latter, and ignore it; there [`TAKE`] refuses them.
 const FANOUT: u32 = libc::PACKET_FANOUT_HASH | libc::PACKET_FANOUT_FLAG_IGNORE_OUTGOING;
 
 /// Opens a socket for each of so many threads on every interface. The sockets of one thread are one [`AfPacket`].
@@ -167,7 +168,7 @@ impl Socket {
         let what = FANOUT | if group.is_none() { libc::PACKET_FANOUT_FLAG_UNIQUEID } else { 0 };
         let argument = (what << 16 | u32::from(group.unwrap_or(0))).cast_signed();
         sys::set_option(&self.fd, libc::SOL_PACKET, libc::PACKET_FANOUT, &argument)
-            .map_err(self.error("joining a fan-out group (needs Linux 6.1)"))?;
+            .map_err(self.error("joining a fan-out group (needs Linux 4.12)"))?;
         let joined: c_int = sys::get_option(&self.fd, libc::SOL_PACKET, libc::PACKET_FANOUT)
             .map_err(self.error("asking for the fan-out group"))?;
         // The kind of fan-out is above its number.

@@ -88,6 +88,7 @@ fn constants() -> String {
         ("PROBE_CTYPE", usize::from(probe::CTYPE)),
         ("PROBE_REQUEST", usize::from(probe::REQUEST)),
         ("PROBE_REPLY", usize::from(probe::REPLY)),
+        ("BRIEF_OWNERS", layout::BRIEF_OWNERS),
         ("BATCH_HEADER_LEN", layout::BATCH_HEADER_LEN),
         ("BATCH_ENTRY_LEN", layout::BATCH_ENTRY_LEN),
         ("BATCH_MAX", layout::BATCH_MAX),

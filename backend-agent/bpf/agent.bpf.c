@@ -129,7 +129,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	__u32 known[MAX_OWNERS], ip_len, strip, inner_len, index, reason, zero = 0, outcome, is_gue;
 	struct link *config = bpf_map_lookup_elem(&link, &zero);
 	const struct service *service;
-	__u64 *word_alone;
+	struct brief *brief;
 	struct knowledge *entry;
 	const struct peer *peer;
 	struct onward on;
@@ -203,27 +203,24 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 		return decapsulate(ctx, ethernet, strip, outcome);
 	hash = flow_hash(service->key, &inner);
 	index = service->base + ((__u32)hash & service->mask);
-	word_alone = bpf_map_lookup_elem(&words, &index);
-	if (!word_alone)
+	brief = bpf_map_lookup_elem(&briefs, &index);
+	entry = bpf_map_lookup_elem(&knowledge, &index);
+	if (!brief || !entry)
 		return DROP_UNKNOWN_BUCKET;
 
 	/*
 	 * A closed window: this agent is the head and the chain holds nobody else. The rules would have the packet
 	 * accepted, delivered or answered; the local stack does the right one of these by itself.
 	 */
-	word = *(volatile __u64 *)word_alone;
+	word = *(volatile __u64 *)&brief->word;
 	if ((__u16)(word >> LEN_SHIFT) == CLOSED_WINDOW && !teaches(&walk, word) &&
 	    (is_newer((__u32)word, walk.generation) ||
 	     (walk.visited == walk.owners && walk.visited < MAX_OWNERS)))
 		return decapsulate(ctx, ethernet, strip, outcome);
 
-	entry = bpf_map_lookup_elem(&knowledge, &index);
-	if (!entry)
-		return DROP_UNKNOWN_BUCKET;
-	word = *(volatile __u64 *)&entry->word;
 	on.source_port = is_gue ? udp->source : bpf_htons(SOURCE_PORT_BASE | hash >> SOURCE_PORT_SHIFT);
 	on.tos = ip->tos;
-	if (!teaches(&walk, word) && read_known(entry, word, known)) {
+	if (!teaches(&walk, word) && read_known(entry, brief, word, known)) {
 		/* A SYN is back, and everybody has looked: the local stack has it already, or accepts it. */
 		if (inner.is_syn && is_back(&walk, word, known, data, end))
 			return decapsulate(ctx, ethernet, strip, ACCEPTED);
@@ -250,7 +247,7 @@ INLINE __u32 process(struct xdp_md *ctx, struct counters *counters)
 	if (!s)
 		return DROP_UNKNOWN_BUCKET;
 	read_owners(s, &walk, data, end);
-	reason = learn(entry, word_alone, s, &walk);
+	reason = learn(entry, brief, s, &walk);
 	if (reason == LEARNED)
 		counters->count[LEARNED]++;
 	if (kind == MATCHED)

@@ -168,7 +168,7 @@ INLINE void copy_knowledge(struct scratch *s, const struct knowledge *entry)
  * is known is read again under the lock: another CPU may have learned, or the daemon's table may have come.
  * Returns 0, LEARNED, or the counter of the reason to drop.
  */
-INLINE __u32 learn(struct knowledge *entry, __u64 *word_alone, struct scratch *s, const struct walk *walk)
+INLINE __u32 learn(struct knowledge *entry, struct brief *brief, struct scratch *s, const struct walk *walk)
 {
 	__u32 i, len, result = 0, fits;
 	__u64 word;
@@ -200,11 +200,11 @@ INLINE __u32 learn(struct knowledge *entry, __u64 *word_alone, struct scratch *s
 			       walk->generation;
 			if (s->taught.owner[0] == my_address)
 				word |= FLAG_HEAD_IS_ME;
-			begin_write(entry);
+			begin_write(entry, brief);
 #pragma unroll
 			for (i = 0; i < MAX_OWNERS; i++)
 				entry->owners[i] = s->taught.owner[i];
-			end_write(entry, word_alone, word);
+			end_write(entry, brief, word);
 		}
 	}
 	copy_knowledge(s, entry);

@@ -40,7 +40,7 @@ int daisy_install(struct xdp_md *ctx)
 	count = batch->count;
 	for (i = 0; i < BATCH_MAX && i < count; i++, from++) {
 		struct knowledge *entry;
-		__u64 *word_alone;
+		struct brief *brief;
 		__u64 word = 0, known;
 		__u32 index;
 
@@ -48,8 +48,8 @@ int daisy_install(struct xdp_md *ctx)
 			break;
 		index = from->index;
 		entry = bpf_map_lookup_elem(&knowledge, &index);
-		word_alone = bpf_map_lookup_elem(&words, &index);
-		if (!entry || !word_alone || from->len > MAX_OWNERS)
+		brief = bpf_map_lookup_elem(&briefs, &index);
+		if (!entry || !brief || from->len > MAX_OWNERS)
 			continue;
 		if (from->operation == OP_INSTALL) {
 			word = FLAG_KNOWN | FLAG_FROM_TABLE | (__u64)from->len << LEN_SHIFT | from->generation;
@@ -59,10 +59,10 @@ int daisy_install(struct xdp_md *ctx)
 		bpf_spin_lock(&entry->lock);
 		known = entry->word;
 		if (!word || !(known & FLAG_KNOWN) || (__s32)((__u32)known - from->generation) <= 0) {
-			begin_write(entry);
+			begin_write(entry, brief);
 			for (j = 0; j < MAX_OWNERS; j++)
 				entry->owners[j] = from->owners[j];
-			end_write(entry, word_alone, word);
+			end_write(entry, brief, word);
 			written++;
 		}
 		bpf_spin_unlock(&entry->lock);

@@ -180,43 +180,63 @@ struct knowledge {
 #define ALL_WRITES (0xffffULL << WRITES_SHIFT)
 
 /*
- * The words of `knowledge` once more, and nothing else: in a closed window a packet needs no more, and of these there
- * are eight in a cache line. Written under the lock of the bucket's knowledge.
+ * What packets mostly need of `knowledge`, once more: the word, and the owners of a chain of up to two. A closed window,
+ * or one that has been moved once, costs no more than this, and of these there are four in a cache line. Written under
+ * the lock of the bucket's knowledge.
  */
+struct brief {
+	__u64 word;
+	__u32 owners[BRIEF_OWNERS];
+};
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__type(key, __u32);
-	__type(value, __u64);
-} words SEC(".maps");
+	__type(value, struct brief);
+} briefs SEC(".maps");
 
 /* Before the owners are written: whoever reads them without the lock will see it. */
-INLINE void begin_write(struct knowledge *entry)
+INLINE void begin_write(struct knowledge *entry, struct brief *brief)
 {
 	*(volatile __u64 *)&entry->word += ONE_WRITE;
+	*(volatile __u64 *)&brief->word = entry->word;
 	asm volatile("" : : : "memory");
 }
 
 /* After the owners have been written; the count in `word` does not matter. */
-INLINE void end_write(struct knowledge *entry, __u64 *word_alone, __u64 word)
+INLINE void end_write(struct knowledge *entry, struct brief *brief, __u64 word)
 {
+	__u32 i;
+
+#pragma unroll
+	for (i = 0; i < BRIEF_OWNERS; i++)
+		brief->owners[i] = entry->owners[i];
 	word = (word & ~ALL_WRITES) | ((entry->word + ONE_WRITE) & ALL_WRITES);
 	asm volatile("" : : : "memory");
 	*(volatile __u64 *)&entry->word = word;
-	*(volatile __u64 *)word_alone = word;
+	*(volatile __u64 *)&brief->word = word;
 }
 
 /*
  * Reads the owners that `word` speaks of without the lock. Returns 0 if they may have changed since `word` was read.
  * Only where stores are seen in the order they were made in, and loads are made in theirs: x86.
  */
-INLINE int read_known(const struct knowledge *entry, __u64 word, __u32 known[MAX_OWNERS])
+INLINE int read_known(const struct knowledge *entry, const struct brief *brief, __u64 word, __u32 known[MAX_OWNERS])
 {
 #ifdef __TARGET_ARCH_x86_64
+	const volatile __u64 *from = &brief->word;
+
 	asm volatile("" : : : "memory");
-	__builtin_memcpy(known, entry->owners, sizeof(entry->owners));
+	if (((word >> LEN_SHIFT) & 0xff) <= BRIEF_OWNERS) {
+		__builtin_memset(known, 0, 4 * MAX_OWNERS);
+		__builtin_memcpy(known, brief->owners, sizeof(brief->owners));
+	} else {
+		__builtin_memcpy(known, entry->owners, sizeof(entry->owners));
+		from = &entry->word;
+	}
 	asm volatile("" : : : "memory");
-	return !(word & ONE_WRITE) && *(const volatile __u64 *)&entry->word == word;
+	return !(word & ONE_WRITE) && *from == word;
 #else
 	return 0;
 #endif

@@ -47,6 +47,11 @@ pub const LINK_IPIP: u32 = 1;
 /// In a service's flags: it travels by IPIP in closed windows.
 pub const SERVICE_IPIP: u32 = 1;
 
+/// How many owners stand in a bucket's brief.
+pub const BRIEF_OWNERS: usize = 2;
+/// Length in bytes of a bucket's brief.
+pub const BRIEF_LEN: usize = 8 + 4 * BRIEF_OWNERS;
+
 /// In a peer's flags: the link-layer addresses are known.
 pub const PEER_RESOLVED: u32 = 1;
 /// In a peer's flags: the controller has declared it dead.

@@ -44,7 +44,7 @@ const AGENT: &str = "daisy_agent";
 const INSTALL: &str = "daisy_install";
 const MSS: &str = "daisy_mss";
 /// The maps that are pinned; the others hold nothing that is worth keeping.
-const PINNED: [&str; 7] = ["link", "counters", "trusted", "services", "knowledge", "words", "peers"];
+const PINNED: [&str; 7] = ["link", "counters", "trusted", "services", "knowledge", "briefs", "peers"];
 
 /// How the data path is to be.
 #[derive(Clone, Debug)]
@@ -534,7 +534,7 @@ fn load_programs(config: &Config, pins: &Pins, log: VerifierLogLevel) -> Result<
         .override_global("gue_port", &port, true)
         .override_global("chaining", &chaining, true)
         .map_max_entries("knowledge", config.bucket_capacity)
-        .map_max_entries("words", config.bucket_capacity);
+        .map_max_entries("briefs", config.bucket_capacity);
     for name in PINNED {
         loader.map_pin_path(name, pins.maps().join(name));
     }

@@ -86,7 +86,7 @@ impl Pins {
             ("trusted", MapType::LpmTrie, 8, 4, layout::MAX_TRUSTED),
             ("services", MapType::Hash, size::<ServiceKey>(), size::<ServiceValue>(), layout::MAX_SERVICES),
             ("knowledge", MapType::Array, 4, size::<KnowledgeValue>(), capacity),
-            ("words", MapType::Array, 4, size::<u64>(), capacity),
+            ("briefs", MapType::Array, 4, layout::BRIEF_LEN as u32, capacity),
             ("peers", MapType::Hash, 4, size::<PeerValue>(), layout::MAX_PEERS),
         ];
         for (name, kind, key, value, entries) in shapes {

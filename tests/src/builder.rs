@@ -10,6 +10,8 @@ use crate::topology::Topology;
 /// How a mux receives and sends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Io {
+    /// An XDP program that does it all.
+    Xdp,
     /// AF_XDP sockets.
     AfXdp,
     /// AF_PACKET rings.
@@ -20,6 +22,7 @@ impl Io {
     /// The value of the mux's `--io`.
     pub const fn flag(self) -> &'static str {
         match self {
+            Io::Xdp => "xdp",
             Io::AfXdp => "af-xdp",
             Io::AfPacket => "af-packet",
         }
@@ -179,13 +182,16 @@ fn check_machine(daemons: bool) -> Result<()> {
 }
 
 /// Whether a program is on the path.
-fn program_exists(name: &str) -> bool {
+pub fn program_exists(name: &str) -> bool {
     std::env::var_os("PATH")
         .is_some_and(|path| std::env::split_paths(&path).any(|dir| dir.join(name).is_file()))
 }
 
 /// Where cargo puts the workspace's binaries: beside this one, or above it if this is a test.
-pub(crate) fn binary_directory() -> Result<PathBuf> {
+///
+/// # Errors
+/// If this program's own place cannot be told.
+pub fn binary_directory() -> Result<PathBuf> {
     if let Some(directory) = std::env::var_os("DAISY_BIN_DIR") {
         return Ok(PathBuf::from(directory));
     }
@@ -197,7 +203,11 @@ pub(crate) fn binary_directory() -> Result<PathBuf> {
     Ok(directory.to_owned())
 }
 
-pub(crate) fn binary_in(directory: &Path, name: &str) -> Result<PathBuf> {
+/// A binary of this workspace, in this directory.
+///
+/// # Errors
+/// If it is not built.
+pub fn binary_in(directory: &Path, name: &str) -> Result<PathBuf> {
     let path = directory.join(name);
     if !path.is_file() {
         bail!("{} is not built: run `make build`", path.display());

@@ -124,7 +124,7 @@ pub(crate) fn delete_namespace(name: &str) {
 
 /// Removes what a run that was ended with SIGKILL has left: namespaces with our prefix whose process is gone, and
 /// the processes in them. Names carry the process id, so that nothing of a live run is touched.
-pub(crate) fn sweep() {
+pub fn sweep() {
     let Ok(entries) = std::fs::read_dir("/run/netns") else { return };
     for entry in entries.flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();

@@ -21,7 +21,7 @@ pub struct Namespace {
 }
 
 /// A number for each topology of this process, so that several may live side by side.
-pub(crate) fn next_number() -> u32 {
+pub fn next_number() -> u32 {
     static NEXT: AtomicU32 = AtomicU32::new(1);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }

@@ -271,8 +271,12 @@ impl Topology {
         Ok(())
     }
 
-    /// A host in the segment `bridge`, linked and configured.
-    fn add_host(&mut self, bridge: &str, name: &str, address: Ipv4Addr) -> Result<Namespace> {
+    /// A host in the segment `bridge` (`muxes` or `backends`), linked and configured. It is the caller's, and has to
+    /// go before the topology does.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn add_host(&mut self, bridge: &str, name: &str, address: Ipv4Addr) -> Result<Namespace> {
         let namespace = Namespace::create(self.number, name)?;
         let [a, b, c, _] = address.octets();
         self.router.link_to(name, &namespace)?;

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod plot;
 pub mod report;
 pub mod scenario;

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what the build, the suites and the demo need and this machine lacks. Debian 12 (or newer, or Ubuntu).
+# Installs what the build, the suites and the demo need and this machine lacks; with the word `bench`, what comparisons
+# need, too. Debian 12 (or newer, or Ubuntu).
 # Nothing is installed twice; what is there already, from wherever it came, is used.
 set -eu
 
@@ -28,6 +29,14 @@ need nginx-light program nginx
 need curl program curl
 need iperf3 program iperf3
 need python3 program python3
+if [ "${1:-}" = bench ]; then
+	need haproxy program haproxy
+	need nftables program nft
+	need valgrind program valgrind
+	# valgrind wants to know the C library.
+	need libc6-dbg test -d /usr/lib/debug/.build-id
+	need util-linux program chrt
+fi
 
 if [ -n "$missing" ]; then
 	if [ "$(id -u)" != 0 ]; then
@@ -40,7 +49,8 @@ if [ -n "$missing" ]; then
 	fi
 	echo "installing:$missing"
 	export DEBIAN_FRONTEND=noninteractive
-	# The package of nginx starts a server. We want the program only: nothing that a package starts may start.
+	# The packages of nginx and HAProxy start a server. We want the program only: nothing that a package starts may
+	# start.
 	policy=/usr/sbin/policy-rc.d
 	if [ ! -e "$policy" ]; then
 		trap 'rm -f "$policy"' EXIT
@@ -57,6 +67,9 @@ if [ -n "$missing" ]; then
 	case "$missing" in
 	# Nor at the next start of this machine: what `systemctl disable nginx` does, with or without systemd.
 	*nginx*) rm -f /etc/systemd/system/multi-user.target.wants/nginx.service ;;
+	esac
+	case "$missing" in
+	*haproxy*) rm -f /etc/systemd/system/multi-user.target.wants/haproxy.service ;;
 	esac
 fi
 

@@ -41,8 +41,10 @@ pub enum Part {
 /// How much of each.
 #[derive(Clone, Copy, Debug)]
 pub struct Effort {
-    /// Rounds of each measurement.
+    /// Rounds with frames on the wire.
     pub rounds: usize,
+    /// Rounds with real connections.
+    pub real_rounds: usize,
     /// How long packets are forwarded in a round.
     pub wire: Duration,
     /// How long connections are opened, or bytes sent.
@@ -234,7 +236,7 @@ impl Runner<'_> {
             let network = Network::new(contestant, &self.scratch.join("real"));
             networks.extend(self.keep(&format!("network: {contestant}"), network));
         }
-        for round in 0..self.effort.rounds {
+        for round in 0..self.effort.real_rounds {
             for network in &networks {
                 let who = network.contestant;
                 for (what, result) in [

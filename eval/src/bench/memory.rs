@@ -18,7 +18,8 @@ pub struct Memory {
     pub entries: u64,
 }
 
-/// Of a daemon: resident pages, and the memory of its eBPF maps and programs, which are not among them.
+/// Of a daemon: resident pages, and the memory of its eBPF maps. Pages of a map that it has mapped are in both, and so
+/// counted twice: better too much than too little.
 ///
 /// # Errors
 /// If it has gone.

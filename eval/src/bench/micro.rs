@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use super::cpu;
 use super::stats::Spread;
 use super::summary::Summary;
 
@@ -30,7 +31,13 @@ pub struct Effort {
 ///
 /// # Errors
 /// If a figure is no number.
-pub fn run(effort: Effort, directory: &Path, summary: &mut Summary, failed: &mut Vec<String>) -> Result<()> {
+pub fn run(
+    effort: Effort,
+    cpus: usize,
+    directory: &Path,
+    summary: &mut Summary,
+    failed: &mut Vec<String>,
+) -> Result<()> {
     let binaries = daisy_tests::builder::binary_directory()?;
     let mut attempt = |what: &str, result: Result<()>| {
         if let Err(error) = result {
@@ -38,7 +45,7 @@ pub fn run(effort: Effort, directory: &Path, summary: &mut Summary, failed: &mut
         }
     };
     println!("micro: the mux's pipeline (cargo bench -p daisy-mux --bench pipeline)");
-    attempt("pipeline benchmark", pipeline(effort, &binaries, directory, summary));
+    attempt("pipeline benchmark", pipeline(effort, cpus, &binaries, directory, summary));
     println!("micro: instructions of the pipeline (valgrind --tool=callgrind)");
     attempt("pipeline instructions", instructions(effort, &binaries, summary));
     for (what, program) in [("XDP pipeline", "xdp_nanoseconds"), ("agent's program", "nanoseconds")] {
@@ -61,20 +68,40 @@ fn output(command: &mut Command) -> Result<(String, String)> {
     Ok((stdout, stderr))
 }
 
-fn pipeline(effort: Effort, binaries: &Path, directory: &Path, summary: &mut Summary) -> Result<()> {
+fn pipeline(
+    effort: Effort,
+    cpus: usize,
+    binaries: &Path,
+    directory: &Path,
+    summary: &mut Summary,
+) -> Result<()> {
     let target = binaries.parent().context("the directory of binaries has no parent")?;
     let home = target.join("criterion");
-    let begun = SystemTime::now();
     let (warm, measure) = effort.pipeline_s;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command
-        .args(["bench", "-p", "daisy-mux", "--bench", "pipeline", "--"])
-        .args(["--warm-up-time", &warm.to_string(), "--measurement-time", &measure.to_string()])
-        .args(["--sample-size", "20", "--noplot"])
-        .env("CARGO_TARGET_DIR", target)
-        .env("CRITERION_HOME", &home);
-    output(&mut command)?;
+    let bench = |words: &[&str]| {
+        let mut command = Command::new(&cargo);
+        command.args(["bench", "-p", "daisy-mux", "--bench", "pipeline"]).args(words);
+        command.env("CARGO_TARGET_DIR", target).env("CRITERION_HOME", &home);
+        output(&mut command)
+    };
+    // It is built on all CPUs, and measured on one.
+    cpu::allow(cpus)?;
+    let built = bench(&["--no-run"]);
+    cpu::pin(0, cpu::OTHERS)?;
+    built?;
+    let begun = SystemTime::now();
+    let (warm, measure) = (warm.to_string(), measure.to_string());
+    bench(&[
+        "--",
+        "--warm-up-time",
+        &warm,
+        "--measurement-time",
+        &measure,
+        "--sample-size",
+        "20",
+        "--noplot",
+    ])?;
     let mut rows = String::from("group,case,min_ns,median_ns\n");
     let mut found = 0;
     for (metric, group) in [("floor_ns", "floor"), ("pipeline_ns", "pipeline")] {

@@ -173,19 +173,20 @@ pub struct About<'a> {
     pub date: &'a str,
     /// How.
     pub command: &'a str,
-    /// Rounds of each measurement.
-    pub rounds: usize,
+    /// Rounds with frames, and with real connections.
+    pub rounds: (usize, usize),
     /// What was not measured.
     pub failed: &'a [String],
 }
 
 /// The run's README.
 pub fn readme(summary: &Summary, about: &About<'_>) -> String {
-    let About { machine, date, command, rounds, failed } = about;
+    let About { machine, date, command, rounds: (rounds, real_rounds), failed } = about;
     let kind = if machine.virtual_machine { "virtual machine" } else { "machine" };
     let mut text = format!(
         "# `{command}`, {date}\n\n{kind} with {} CPUs ({}), {} GiB, {}. Everything, generator, network, balancer and \
-         servers, in network namespaces on that machine. Medians of {rounds} interleaved rounds; each figure of each \
+         servers, in network namespaces on that machine. Medians of {rounds} interleaved rounds with frames and {real_rounds} with \
+         connections; each figure of each \
          round in the `.csv` files, least and most in `spread.csv`, medians in `summary.json`.\n",
         machine.cpus, machine.processor, machine.memory_gib, machine.kernel
     );
@@ -487,7 +488,7 @@ mod tests {
             machine: &machine,
             date: "2026-01-01",
             command: "make bench",
-            rounds: 3,
+            rounds: (3, 2),
             failed: &failed,
         };
         let text = readme(&filled(), &about);

@@ -41,7 +41,8 @@ const PARTS: [Part; 6] = [Part::Micro, Part::Small, Part::Real, Part::Scaling, P
 
 const WHOLE: (Effort, micro::Effort) = (
     Effort {
-        rounds: 5,
+        rounds: 4,
+        real_rounds: 3,
         wire: Duration::from_secs(1),
         real: Duration::from_secs(2),
         latency: Duration::from_secs(3),
@@ -59,6 +60,7 @@ const WHOLE: (Effort, micro::Effort) = (
 const QUICK: (Effort, micro::Effort) = (
     Effort {
         rounds: 1,
+        real_rounds: 1,
         wire: Duration::from_millis(400),
         real: Duration::from_secs(1),
         latency: Duration::from_secs(1),
@@ -113,7 +115,9 @@ fn run(arguments: &Arguments) -> Result<bool> {
     for part in PARTS.into_iter().filter(|part| arguments.only.is_empty() || arguments.only.contains(part)) {
         println!("=== {part:?}, after {} s", begun.elapsed().as_secs());
         match part {
-            Part::Micro => micro::run(micro_effort, &directory, &mut summary, &mut runner.failed)?,
+            Part::Micro => {
+                micro::run(micro_effort, machine.cpus, &directory, &mut summary, &mut runner.failed)?
+            }
             _ => runner.run(part),
         }
     }
@@ -130,7 +134,13 @@ fn run(arguments: &Arguments) -> Result<bool> {
     };
     put("summary.json", summary.to_json()?)?;
     let command = if whole { "make bench" } else { "daisy-bench, not a whole run" };
-    let about = About { machine: &machine, date: &today(), command, rounds: effort.rounds, failed: &failed };
+    let about = About {
+        machine: &machine,
+        date: &today(),
+        command,
+        rounds: (effort.rounds, effort.real_rounds),
+        failed: &failed,
+    };
     let text = report::readme(&summary, &about);
     put("README.md", text.clone())?;
     println!("\n{text}\n{}, after {} s", directory.display(), begun.elapsed().as_secs());

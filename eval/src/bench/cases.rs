@@ -162,9 +162,12 @@ impl Runner<'_> {
                         continue;
                     };
                     println!(
-                        "{case:<10} round {round} {:<16} {:>10.0} packets/s",
+                        "{case:<10} round {round} {:<16} {:>10.0} packets/s, {} sent, {} arrived of {:.0} bytes",
                         wire.contestant,
-                        found.per_second()
+                        found.per_second(),
+                        found.count.sent,
+                        found.count.arrived,
+                        found.count.bytes as f64 / found.count.arrived as f64
                     );
                     let mut noter = self.record.of("scaling", wire.contestant, round);
                     noter.note("chain_pps", &cores.to_string(), found.per_second());

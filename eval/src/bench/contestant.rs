@@ -217,7 +217,8 @@ fn haproxy(site: &Site<'_>) -> Result<Balancer> {
     Balancer::new(Contestant::Haproxy, vec![process], Vec::new())
 }
 
-/// Controller and mux, without agents: what a mux does does not depend on them.
+/// Controller and mux, without agents: what a mux does does not depend on them. Each service has one server, the first:
+/// with more, buckets would have moved, and without agents nobody would say that the windows may close.
 fn daisy(site: &Site<'_>, io: Io) -> Result<Balancer> {
     let binaries = builder::binary_directory()?;
     let token = format!("bench-{}", std::process::id());
@@ -245,10 +246,8 @@ fn daisy(site: &Site<'_>, io: Io) -> Result<Balancer> {
     for (port, servers) in &site.ports {
         let (name, vip, port) = (format!("port{port}"), site.vip.to_string(), port.to_string());
         ask(&["service", "add", &name, "--vip", &vip, "--port", &port, "--buckets", BUCKETS])?;
-        for server in servers {
-            let label = server.to_string().replace('.', "-");
-            ask(&["backend", "add", &name, &format!("b-{label}"), "--address", &server.to_string()])?;
-        }
+        let server = servers.first().context("a service without servers")?.to_string();
+        ask(&["backend", "add", &name, &format!("server-{port}"), "--address", &server])?;
     }
     let mut command = Command::new(builder::binary_in(&binaries, "daisy-mux")?);
     command

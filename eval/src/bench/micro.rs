@@ -21,6 +21,10 @@ const BAR_FLOOR: &str = "1mi";
 pub struct Effort {
     /// Seconds for each case of the pipeline's benchmark: to warm up, and to measure.
     pub pipeline_s: (f64, f64),
+    /// Samples of each case.
+    pub samples: usize,
+    /// Which cases: a regular expression.
+    pub filter: &'static str,
     /// Packets for instruction counts.
     pub packets: u64,
     /// The cases whose instructions are counted.
@@ -91,17 +95,9 @@ fn pipeline(
     cpu::pin(0, cpu::OTHERS)?;
     built?;
     let begun = SystemTime::now();
-    let (warm, measure) = (warm.to_string(), measure.to_string());
-    bench(&[
-        "--",
-        "--warm-up-time",
-        &warm,
-        "--measurement-time",
-        &measure,
-        "--sample-size",
-        "20",
-        "--noplot",
-    ])?;
+    let (warm, measure, samples_wanted) = (warm.to_string(), measure.to_string(), effort.samples.to_string());
+    let times = ["--warm-up-time", &warm, "--measurement-time", &measure, "--sample-size", &samples_wanted];
+    bench(&[&["--", effort.filter, "--noplot"], &times[..]].concat())?;
     let mut rows = String::from("group,case,min_ns,median_ns\n");
     let mut found = 0;
     for (metric, group) in [("floor_ns", "floor"), ("pipeline_ns", "pipeline")] {

@@ -52,6 +52,8 @@ const WHOLE: (Effort, micro::Effort) = (
     },
     micro::Effort {
         pipeline_s: (0.5, 2.0),
+        samples: 20,
+        filter: "^(pipeline|floor)/",
         packets: 100_000,
         counted: &["64ki_1mi_closed_gue", "64ki_1mi_open_gue", "1mi_1mi_closed_gue"],
     },
@@ -68,7 +70,13 @@ const QUICK: (Effort, micro::Effort) = (
         connections: &[1_000, 4_000],
         flood: Duration::from_secs(2),
     },
-    micro::Effort { pipeline_s: (0.1, 0.3), packets: 20_000, counted: &["64ki_1mi_closed_gue"] },
+    micro::Effort {
+        pipeline_s: (0.1, 0.3),
+        samples: 10,
+        filter: "^(pipeline/.*_1mi_closed_gue|floor/1mi)$",
+        packets: 20_000,
+        counted: &["64ki_1mi_closed_gue"],
+    },
 );
 
 fn main() -> ExitCode {

@@ -3,10 +3,10 @@
 //! where connections live here). Needs root:
 //!
 //! ```text
-//! cargo run --release -p daisy-agent --example nanoseconds [-- [--json] [CASE…]]
+//! cargo run --release -p daisy-agent --example nanoseconds [-- [--json] [--flows=N] [CASE…]]
 //! ```
 //!
-//! Without a case all are timed. With `--json` the last line is one JSON object with the net figures.
+//! Without a case all are timed. With `--flows=1` everything that a packet needs is in the nearest cache. With `--json` the last line is one JSON object with the net figures.
 #![allow(clippy::unwrap_used, reason = "a measurement that cannot be made ends")]
 
 #[path = "../tests/common/mod.rs"]
@@ -52,10 +52,10 @@ impl Timer {
 
     /// Nanoseconds of one round with the data path and with the empty program, and what the data path did with the
     /// frame: the best of all runs, for what others do on this machine only adds.
-    fn time(&mut self, datapath: &Datapath, frames: &[Vec<u8>]) -> (u32, u32, u32) {
+    fn time(&mut self, datapath: &Datapath, frames: &[Vec<u8>], flows: usize) -> (u32, u32, u32) {
         let mut map: Array<_, [u8; BENCH_FRAME_LEN]> =
             self.wrapper.map_mut("frames").unwrap().try_into().unwrap();
-        for (at, frame) in (0..BENCH_FRAMES).zip(frames.iter().cycle()) {
+        for (at, frame) in (0..BENCH_FRAMES).zip(frames.iter().take(flows).cycle()) {
             let mut bytes = [0u8; BENCH_FRAME_LEN];
             bytes[..frame.len()].copy_from_slice(frame);
             map.set(at as u32, bytes, 0).unwrap();
@@ -112,7 +112,14 @@ fn rows(live: &[Client]) -> Vec<Row> {
 fn main() {
     let (flags, cases): (Vec<String>, Vec<String>) =
         std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
-    let json = flags.iter().any(|flag| flag == "--json");
+    let (mut json, mut flows) = (false, BENCH_FRAMES);
+    for flag in &flags {
+        match flag.strip_prefix("--flows=").map(str::parse) {
+            Some(Ok(number)) if number > 0 => flows = number,
+            _ if flag == "--json" => json = true,
+            _ => panic!("{flag}: only --json and --flows=N are known"),
+        }
+    }
     on_new_host(|bpffs| {
         lone_interface();
         ip(&format!("address add {VIP}/32 dev lo"));
@@ -155,7 +162,7 @@ fn main() {
                 .map(|bucket| Installed { bucket, generation: Generation(5), chain: chain(owners) })
                 .collect();
             datapath.install(id, &table).unwrap();
-            let (full, empty, action) = timer.time(&datapath, &frames);
+            let (full, empty, action) = timer.time(&datapath, &frames, flows);
             let net = full.saturating_sub(empty);
             println!("{what:<34} {full:>9} {empty:>9} {net:>9}  {action}");
             figures.push(format!("\"agent_{key}_net_ns\": {net}"));

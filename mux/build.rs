@@ -8,6 +8,7 @@ use std::{env, fs};
 
 use daisy_shared::bucket::BackendId;
 use daisy_shared::drop::DropReason;
+use daisy_shared::service::{DEFAULT_BUCKETS, MAX_BUCKETS};
 use daisy_shared::wire::{gue, outer};
 
 #[path = "src/io/xdp/layout.rs"]
@@ -65,6 +66,9 @@ fn constants() -> String {
         ("GUE_BASE_LEN", gue::BASE_LEN),
         ("GUE_WALK_BASE_LEN", gue::WALK_BASE_LEN),
         ("GUE_WALK_VERSION", usize::from(gue::WALK_VERSION)),
+        ("DEFAULT_BUCKETS", DEFAULT_BUCKETS as usize),
+        ("MAX_BUCKETS", MAX_BUCKETS as usize),
+        ("NEAR_BACKENDS", layout::NEAR_BACKENDS),
         ("NOBODY", usize::from(BackendId::NONE.0)),
         ("MAX_LINKS", layout::MAX_LINKS),
         ("MAX_TABLES", layout::MAX_TABLES as usize),

@@ -33,7 +33,7 @@ struct cell {
 	__u64 hash_key[2];
 	/* Buckets − 1. */
 	__u32 mask;
-	/* Where its table is in `tables`. */
+	/* Where its table is, in `default_tables`, `largest_tables` or `tables`. */
 	__u32 table;
 	/* Whether packets travel as IPIP in closed windows. */
 	__u32 is_ipip;
@@ -41,15 +41,40 @@ struct cell {
 };
 _Static_assert(sizeof(struct cell) == 64, "a cache line");
 
+/* A backend's outer headers, ready but for the fields that differ from packet to packet: one cache line. */
+struct template {
+	/* Ethernet, IPv4, UDP and GUE of a closed window, or Ethernet and IPv4 of IPIP, in whole words. */
+	__u64 headers[HEADER_WORDS];
+	/* The sum of the IPv4 header's 16-bit words, as they lie in memory. */
+	__u32 ip_sum;
+	/* The backend's underlay address. */
+	__be32 address;
+	/* Of the interface that packets leave by; 0 if they cannot be sent. */
+	__u16 mtu;
+	__u8 reach;
+	/* The interface that packets leave by: the mux's number for it, and the kernel's. */
+	__u8 egress;
+	__u32 ifindex;
+};
+_Static_assert(sizeof(struct template) == 64, "a cache line");
+
+/* Both forms. */
+struct backend {
+	struct template gue;
+	struct template ipip;
+};
+
 struct snapshot {
 	/* What a key is multiplied with; the highest bits of the product are the first cell to look in. */
 	__u64 multiplier;
-	/* Which of the maps in `templates` belongs to it. */
-	__u32 templates;
+	/* Which of the maps in `backends` belongs to it. */
+	__u32 backends;
 	__u32 zero[13];
 	struct link links[MAX_LINKS];
 	/* Open addressing. Every key is among the MAX_PROBES cells from its first on. */
 	struct cell cells[CELLS];
+	/* The first backends, by number. The others are in `backends`. */
+	struct backend near[NEAR_BACKENDS];
 };
 
 struct {
@@ -65,30 +90,7 @@ struct {
 	});
 } snapshots SEC(".maps");
 
-/* A backend's outer headers, ready but for the fields that differ from packet to packet: one cache line. */
-struct template {
-	/* Ethernet, IPv4, UDP and GUE of a closed window, or Ethernet and IPv4 of IPIP, in whole words. */
-	__u64 headers[HEADER_WORDS];
-	/* The sum of the IPv4 header's 16-bit words, as they lie in memory. */
-	__u32 ip_sum;
-	/* The backend's underlay address. */
-	__be32 address;
-	/* Of the interface that packets leave by. */
-	__u16 mtu;
-	__u8 reach;
-	/* The number of the interface that packets leave by. */
-	__u8 egress;
-	__u32 zero;
-};
-_Static_assert(sizeof(struct template) == 64, "a cache line");
-
-/* Both forms. */
-struct backend {
-	struct template gue;
-	struct template ipip;
-};
-
-/* Backends by number: two maps, of which the snapshot names one, while the other is written. */
+/* The other backends: two maps, of which the snapshot names one, while the other is written. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, 2);
@@ -100,9 +102,13 @@ struct {
 		__uint(key_size, sizeof(__u32));
 		__uint(value_size, sizeof(struct backend));
 	});
-} templates SEC(".maps");
+} backends SEC(".maps");
 
-/* The tables of services: words `head:16 | previous:16 | generation:32`, which userspace writes in place. */
+/*
+ * The tables of services: words `head:16 | previous:16 | generation:32`, which userspace writes in place. Where all
+ * tables are of one size, the kernel looks words up without calling a function: those of the usual sizes are by
+ * themselves.
+ */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
 	__uint(max_entries, MAX_TABLES);
@@ -115,6 +121,32 @@ struct {
 		__uint(value_size, sizeof(__u64));
 	});
 } tables SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_TABLES);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_ARRAY);
+		__uint(map_flags, BPF_F_MMAPABLE);
+		__uint(max_entries, DEFAULT_BUCKETS);
+		__uint(key_size, sizeof(__u32));
+		__uint(value_size, sizeof(__u64));
+	});
+} default_tables SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_TABLES);
+	__type(key, __u32);
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_ARRAY);
+		__uint(map_flags, BPF_F_MMAPABLE);
+		__uint(max_entries, MAX_BUCKETS);
+		__uint(key_size, sizeof(__u32));
+		__uint(value_size, sizeof(__u64));
+	});
+} largest_tables SEC(".maps");
 
 /* Where packets are sent that leave by another interface than they came in by. */
 struct {

@@ -3,6 +3,10 @@
  * The mux in the kernel: parse → service → keyed hash → bucket word → encapsulate → send. The same as
  * mux/src/pipeline.rs, byte for byte, to which mux/tests/xdp.rs holds it.
  *
+ * It is compiled twice. `plain` takes what nearly all packets are: TCP over IPv4 without options, tags and padding,
+ * in one buffer, for a backend that can be reached. Whatever is not so it leaves, unchanged, to `any`, which takes
+ * everything and finds out why.
+ *
  * Headers lie in the first buffer of a frame, as all drivers put them; what follows may lie in others.
  */
 #include "maps.h"
@@ -16,6 +20,7 @@
 #define ETHERTYPE_VLAN 0x8100
 #define ETHERTYPE_PROVIDER_VLAN 0x88a8
 #define VLAN_LEN 4
+#define VERSION_IHL (4 << 4 | IPV4_LEN / 4)
 #define FRAGMENT_BITS 0x3fff /* more fragments, and the offset */
 
 /* What stands before the inner packet, without Ethernet. */
@@ -26,6 +31,9 @@ _Static_assert(OUTER_LEN == IPV4_LEN + UDP_LEN, "outer headers");
 _Static_assert(ETHERNET_LEN + CLOSED_LEN == 46, "in whole words but for 6 bytes");
 _Static_assert(HEADER_WORDS == 6, "in whole words but for 6 bytes");
 
+/* Not an outcome: left to `any`. */
+#define UNUSUAL COUNTERS
+
 /* A little-endian word, whatever the host is. */
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define le32(x) (x)
@@ -35,7 +43,7 @@ _Static_assert(HEADER_WORDS == 6, "in whole words but for 6 bytes");
 #define MAC_MASK 0xffffffffffff0000ULL
 #endif
 
-/* The walk of an open window, in front of whose owner it stands in the GUE header. */
+/* The walk of an open window, with the one owner to visit. */
 struct walk {
 	__u8 version_flags;
 	__u8 hops;
@@ -43,7 +51,8 @@ struct walk {
 	__u8 owners;
 	__be32 generation;
 	__be32 owner;
-} __attribute__((aligned(1)));
+};
+_Static_assert(sizeof(struct walk) == OPEN_LEN - CLOSED_LEN, "a walk");
 
 /* A TCP segment or UDP datagram. */
 struct packet {
@@ -51,13 +60,13 @@ struct packet {
 	__u64 first;
 	__u64 second;
 	/* Of the IP packet. */
-	__u32 len;
+	__u64 len;
 	__u32 tos;
 };
 
 INLINE const struct cell *find(const struct snapshot *snapshot, __u64 key)
 {
-	__u32 at = key * snapshot->multiplier >> CELL_SHIFT, i;
+	__u64 at = key * snapshot->multiplier >> CELL_SHIFT, i;
 
 	for (i = 0; i < MAX_PROBES; i++, at++) {
 		const struct cell *cell = &snapshot->cells[at % CELLS];
@@ -74,29 +83,29 @@ INLINE const struct cell *find(const struct snapshot *snapshot, __u64 key)
  * daisy_shared::wire::fast::parse_ipv4, for the packet behind `link_len` bytes. Returns 0, or what becomes of it;
  * fragments and malformed packets are dropped only if they are for a service's address.
  */
-INLINE __u32 parse(struct xdp_md *ctx, const struct ipv4 *ip, const void *end, __u64 first_len, __u32 link_len,
-		   struct packet *packet)
+INLINE __u32 parse(struct xdp_md *ctx, int plain, const struct ipv4 *ip, const void *end, __u64 first_len,
+		   __u64 link_len, struct packet *packet)
 {
 	const void *transport = ip + 1;
-	__u32 header_len = IPV4_LEN, transport_len, ports;
-	__u64 sum;
+	__u64 header_len = IPV4_LEN, transport_len, sum;
+	__u32 ports;
 
 	if ((const void *)(ip + 1) > end)
 		return DROP_TRUNCATED;
 	packet->len = bpf_ntohs(ip->len);
 	packet->tos = ip->tos;
-	if (unlikely(ip->version_ihl != (4 << 4 | IPV4_LEN / 4))) {
+	if (plain) {
+		if (ip->version_ihl != VERSION_IHL || link_len + packet->len != first_len)
+			return UNUSUAL;
+	} else {
 		header_len = (ip->version_ihl & 0x0f) * 4;
-		if (ip->version_ihl >> 4 != 4 || header_len < IPV4_LEN)
+		if (ip->version_ihl >> 4 != 4 || header_len < IPV4_LEN || packet->len < header_len)
 			return DROP_BAD_IP_HEADER;
-	}
-	if (packet->len < header_len)
-		return DROP_BAD_IP_HEADER;
-	if (unlikely(link_len + packet->len > first_len))
-		if (link_len + packet->len > bpf_xdp_get_buff_len(ctx))
+		if (link_len + packet->len > first_len && link_len + packet->len > bpf_xdp_get_buff_len(ctx))
 			return DROP_TRUNCATED;
+	}
 	sum = sum_ipv4(ip);
-	if (unlikely(header_len > IPV4_LEN)) {
+	if (!plain && header_len > IPV4_LEN) {
 		const __u32 *option = (const void *)(ip + 1);
 		__u32 words = (header_len - IPV4_LEN) / 4, i;
 
@@ -113,17 +122,23 @@ INLINE __u32 parse(struct xdp_md *ctx, const struct ipv4 *ip, const void *end, _
 		}
 		transport = (const void *)ip + header_len;
 	}
-	if (fold(sum) != 0xffff)
+	/* At most 15 words of 32 bits, so 36: after two folds a right sum is 0xffff and not a multiple of it. */
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	if (sum != 0xffff)
 		return DROP_BAD_IP_CHECKSUM;
 	if (ip->fragment & bpf_htons(FRAGMENT_BITS))
 		return DROP_FRAGMENT;
 
 	transport_len = packet->len - header_len;
-	if (likely(ip->protocol == PROTOCOL_TCP)) {
+	if (plain || ip->protocol == PROTOCOL_TCP) {
 		const struct tcp *tcp = transport;
-		__u32 data_offset;
+		__u64 data_offset;
 
-		if (transport_len < TCP_LEN || (const void *)(tcp + 1) > end)
+		if (plain && ip->protocol != PROTOCOL_TCP)
+			return UNUSUAL;
+		/* A plain packet ends where the buffer does. */
+		if ((!plain && transport_len < TCP_LEN) || (const void *)(tcp + 1) > end)
 			return DROP_BAD_TRANSPORT_HEADER;
 		data_offset = (tcp->data_offset >> 4) * 4;
 		if (data_offset < TCP_LEN || data_offset > transport_len)
@@ -142,11 +157,11 @@ INLINE __u32 parse(struct xdp_md *ctx, const struct ipv4 *ip, const void *end, _
 	}
 	ports = *(const __u32 *)transport;
 	packet->first = (__u64)le32(ip->destination) << 32 | le32(ip->source);
-	packet->second = (__u64)ip->protocol << 32 | le32(ports);
+	packet->second = (__u64)(plain ? PROTOCOL_TCP : ip->protocol) << 32 | le32(ports);
 	return 0;
 }
 
-/* Why a packet is not forwarded that is malformed or a fragment: the host judges its own. */
+/* What becomes of a packet that is malformed or a fragment: the host judges its own. */
 INLINE __u32 refused(const struct snapshot *snapshot, const struct ipv4 *ip, const void *end, __u32 reason)
 {
 	if (reason != PASSED && (const void *)(ip + 1) <= end &&
@@ -155,32 +170,63 @@ INLINE __u32 refused(const struct snapshot *snapshot, const struct ipv4 *ip, con
 	return reason;
 }
 
-/* Decides about a frame and encapsulates it. Returns what became of it; if it is sent, `egress` is by where. */
-INLINE __u32 forward(struct xdp_md *ctx, const struct snapshot *snapshot, __u32 ingress, __u32 *egress)
+/* The word of a flow's bucket, or null. Tables of the usual sizes have maps in which no function has to look. */
+INLINE const __u64 *bucket_word(const struct cell *service, __u64 hash)
+{
+	__u32 bucket = hash & service->mask, table = service->table;
+	void *map;
+
+	if (likely(service->mask == DEFAULT_BUCKETS - 1)) {
+		map = bpf_map_lookup_elem(&default_tables, &table);
+		return map ? bpf_map_lookup_elem(map, &bucket) : 0;
+	}
+	if (service->mask == MAX_BUCKETS - 1) {
+		map = bpf_map_lookup_elem(&largest_tables, &table);
+		return map ? bpf_map_lookup_elem(map, &bucket) : 0;
+	}
+	map = bpf_map_lookup_elem(&tables, &table);
+	return map ? bpf_map_lookup_elem(map, &bucket) : 0;
+}
+
+/* A backend, or null. */
+INLINE const struct backend *backend_of(const struct snapshot *snapshot, __u32 number)
+{
+	void *map;
+
+	if (likely(number < NEAR_BACKENDS))
+		return &snapshot->near[number];
+	number -= NEAR_BACKENDS;
+	map = bpf_map_lookup_elem(&backends, &snapshot->backends);
+	return map ? bpf_map_lookup_elem(map, &number) : 0;
+}
+
+/* Decides about a frame and encapsulates it. Returns what became of it; if it is sent, `template` says by where. */
+INLINE __u32 forward(struct xdp_md *ctx, int plain, const struct snapshot *snapshot, const struct link *link,
+		     const struct template **by)
 {
 	void *data = (void *)(long)ctx->data;
 	void *end = (void *)(long)ctx->data_end;
-	__u64 first_len = end - data;
+	__u64 first_len = end - data, tags_len = 0, hash, word, outer_len, len;
 	struct ethernet *ethernet = data;
-	__u64 mac, hash, generation;
-	__u32 tags_len = 0, tags[2] = {}, reason, bucket, head, previous, outer_len, len;
+	const __u64 *word_at;
 	const struct template *template;
 	const struct backend *backend;
 	const struct cell *service;
+	__u32 tags[2] = {}, reason, head, previous;
 	struct packet packet;
 	__be32 owner = 0;
-	__u64 *word;
-	void *map;
 
-	if (unlikely((void *)(ethernet + 1) > end))
+	if ((void *)(ethernet + 1) > end)
 		return DROP_TRUNCATED;
 	/* A frame for another station (flooded by a switch, or broadcast) is another mux's, or nobody's. */
-	mac = *(__u64 *)ethernet->destination & MAC_MASK;
-	if (mac != snapshot->links[ingress % MAX_LINKS].mac)
+	if ((*(volatile __u64 *)data & MAC_MASK) != link->mac)
 		return PASSED;
-
 	__be16 type = ethernet->type;
-	if (unlikely(type != bpf_htons(ETHERTYPE_IPV4))) {
+
+	if (plain) {
+		if (type != bpf_htons(ETHERTYPE_IPV4))
+			return UNUSUAL;
+	} else if (type != bpf_htons(ETHERTYPE_IPV4)) {
 		__u32 i;
 
 #pragma unroll
@@ -204,58 +250,49 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct snapshot *snapshot, __u32 
 	}
 	struct ipv4 *ip = (void *)(ethernet + 1) + tags_len;
 
-	reason = parse(ctx, ip, end, first_len, ETHERNET_LEN + tags_len, &packet);
+	reason = parse(ctx, plain, ip, end, first_len, ETHERNET_LEN + tags_len, &packet);
 	if (unlikely(reason))
-		return refused(snapshot, ip, end, reason);
+		return plain ? UNUSUAL : refused(snapshot, ip, end, reason);
 	service = find(snapshot, packet.second >> 16 << 32 | packet.first >> 32);
 	if (!service)
 		return PASSED;
 	hash = siphash13(service->hash_key, packet.first, packet.second);
 
-	map = bpf_map_lookup_elem(&tables, &service->table);
-	if (!map)
+	word_at = bucket_word(service, hash);
+	if (!word_at)
 		return DROP_NO_BACKEND;
-	bucket = hash & service->mask;
-	word = bpf_map_lookup_elem(map, &bucket);
-	if (!word)
+	word = *(volatile const __u64 *)word_at;
+	head = word >> 48;
+	previous = word >> 32 & NOBODY;
+	if (!plain && head == NOBODY)
 		return DROP_NO_BACKEND;
-	generation = *(volatile __u64 *)word;
-	head = generation >> 48;
-	previous = generation >> 32 & NOBODY;
-	if (unlikely(head == NOBODY))
-		return DROP_NO_BACKEND;
-
-	map = bpf_map_lookup_elem(&templates, &snapshot->templates);
-	if (!map)
-		return DROP_UNKNOWN_BACKEND;
-	backend = bpf_map_lookup_elem(map, &head);
+	backend = backend_of(snapshot, head);
 	if (!backend)
-		return DROP_UNKNOWN_BACKEND;
+		return plain ? UNUSUAL : DROP_UNKNOWN_BACKEND;
 	template = &backend->gue;
 	outer_len = CLOSED_LEN;
 	if (unlikely(previous != NOBODY)) {
-		const struct backend *past = bpf_map_lookup_elem(map, &previous);
+		const struct backend *past = backend_of(snapshot, previous);
 
 		/* Not sent without its walk. */
 		if (!past || past->gue.reach == REACH_UNKNOWN)
-			return DROP_UNKNOWN_BACKEND;
+			return plain ? UNUSUAL : DROP_UNKNOWN_BACKEND;
 		owner = past->gue.address;
 		outer_len = OPEN_LEN;
 	} else if (service->is_ipip) {
 		template = &backend->ipip;
 		outer_len = IPIP_LEN;
 	}
-	if (unlikely(template->reach != REACH_RESOLVED))
-		return template->reach == REACH_UNKNOWN ? DROP_UNKNOWN_BACKEND : DROP_NO_NEXT_HOP;
 	len = outer_len + packet.len;
+	if (!plain && template->reach != REACH_RESOLVED)
+		return template->reach == REACH_UNKNOWN ? DROP_UNKNOWN_BACKEND : DROP_NO_NEXT_HOP;
+	/* Where nothing can be sent, the MTU is 0. */
 	if (unlikely(len > template->mtu))
-		return DROP_TOO_BIG;
-	*egress = template->egress;
+		return plain ? UNUSUAL : DROP_TOO_BIG;
 
 	/* Ethernet pads short frames; the padding is not part of the packet. */
-	__u32 frame_len = ETHERNET_LEN + tags_len + packet.len;
-	if (unlikely(first_len != frame_len)) {
-		int padding = bpf_xdp_get_buff_len(ctx) - frame_len;
+	if (!plain && first_len != ETHERNET_LEN + tags_len + packet.len) {
+		int padding = bpf_xdp_get_buff_len(ctx) - (ETHERNET_LEN + tags_len + packet.len);
 
 		if (padding && bpf_xdp_adjust_tail(ctx, -padding))
 			return DROP_NO_HEADROOM;
@@ -269,6 +306,7 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct snapshot *snapshot, __u32 
 	struct udp *udp = (void *)(outer + 1);
 	__u8 *gue = (void *)(udp + 1);
 	__u64 *words = out;
+	__u32 sum;
 
 	/* The inner packet is longer than what a closed window's headers are longer than IPIP's. */
 	if (out + ETHERNET_LEN + CLOSED_LEN > end)
@@ -288,12 +326,12 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct snapshot *snapshot, __u32 
 
 			if ((void *)(walk + 1) > end)
 				return DROP_NO_HEADROOM;
-			gue[0] = (GUE_WALK_BASE_LEN + 4) / 4;
+			gue[0] = sizeof(struct walk) / 4;
 			walk->version_flags = GUE_WALK_VERSION << 4;
 			walk->hops = 0;
 			walk->visited = 0;
 			walk->owners = 1;
-			walk->generation = bpf_htonl((__u32)generation);
+			walk->generation = bpf_htonl((__u32)word);
 			walk->owner = owner;
 		}
 	} else {
@@ -301,8 +339,11 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct snapshot *snapshot, __u32 
 	}
 	outer->tos = packet.tos;
 	outer->len = bpf_htons(len);
-	outer->checksum = ~fold((__u64)template->ip_sum + bpf_htons(packet.tos) + bpf_htons(len));
-	if (unlikely(tags_len)) {
+	/* Below 2^20: two folds. */
+	sum = template->ip_sum + bpf_htons(packet.tos) + bpf_htons(len);
+	sum = (sum & 0xffff) + (sum >> 16);
+	outer->checksum = ~((sum & 0xffff) + (sum >> 16));
+	if (!plain && tags_len) {
 		/* The addresses come before the tags. */
 		*(__u64 *)data = template->headers[0];
 		((__u32 *)data)[2] = template->headers[1];
@@ -310,37 +351,72 @@ INLINE __u32 forward(struct xdp_md *ctx, const struct snapshot *snapshot, __u32 
 		if (tags_len > VLAN_LEN)
 			((__u32 *)data)[4] = tags[1];
 	}
+	*by = template;
 	return outer_len == OPEN_LEN ? SENT_OPEN : SENT_CLOSED;
+}
+
+/* Counts a frame for what became of it, and has the kernel do it. */
+INLINE int finish(struct xdp_md *ctx, __u32 outcome, const struct template *template)
+{
+	__u32 zero = 0;
+	struct counters *counted = bpf_map_lookup_elem(&counters, &zero);
+
+	if (counted)
+		counted->count[outcome % COUNTERS]++;
+	if (likely(outcome <= SENT_OPEN)) {
+		if (likely(template->ifindex == ctx->ingress_ifindex))
+			return XDP_TX;
+		return bpf_redirect_map(&ports, template->egress, XDP_DROP);
+	}
+	return outcome == PASSED ? XDP_PASS : XDP_DROP;
+}
+
+static __noinline int any(struct xdp_md *ctx)
+{
+	__u32 zero = 0, ifindex = ctx->ingress_ifindex, i;
+	const struct template *template = 0;
+	struct snapshot *snapshot;
+	__u32 outcome;
+	void *map;
+
+	map = bpf_map_lookup_elem(&snapshots, &zero);
+	if (!map)
+		return XDP_PASS;
+	snapshot = bpf_map_lookup_elem(map, &zero);
+	if (!snapshot)
+		return XDP_PASS;
+	for (i = 0; i < MAX_LINKS; i++)
+		if (snapshot->links[i].ifindex == ifindex)
+			break;
+	if (i == MAX_LINKS)
+		return XDP_PASS;
+	outcome = forward(ctx, 0, snapshot, &snapshot->links[i % MAX_LINKS], &template);
+	if (outcome <= SENT_OPEN && !template)
+		return XDP_ABORTED;
+	return finish(ctx, outcome, template);
 }
 
 SEC("xdp.frags")
 int daisy_mux(struct xdp_md *ctx)
 {
-	__u32 zero = 0, ingress, egress = 0, ifindex = ctx->ingress_ifindex, verdict;
-	struct counters *counted = bpf_map_lookup_elem(&counters, &zero);
+	const struct template *template = 0;
 	struct snapshot *snapshot;
+	__u32 zero = 0, outcome;
 	void *map;
 
 	map = bpf_map_lookup_elem(&snapshots, &zero);
-	if (!counted || !map)
+	if (!map)
 		return XDP_PASS;
 	snapshot = bpf_map_lookup_elem(map, &zero);
-	if (!snapshot)
-		return XDP_PASS;
-	for (ingress = 0; ingress < MAX_LINKS; ingress++)
-		if (likely(snapshot->links[ingress].ifindex == ifindex))
-			break;
-	if (ingress == MAX_LINKS)
-		return XDP_PASS;
-
-	verdict = forward(ctx, snapshot, ingress, &egress);
-	counted->count[verdict % COUNTERS]++;
-	if (likely(verdict <= SENT_OPEN)) {
-		if (likely(egress == ingress))
-			return XDP_TX;
-		return bpf_redirect_map(&ports, egress, XDP_DROP);
-	}
-	return verdict == PASSED ? XDP_PASS : XDP_DROP;
+	/* The first interface, by the first comparison. */
+	if (!snapshot || snapshot->links[0].ifindex != ctx->ingress_ifindex)
+		return any(ctx);
+	outcome = forward(ctx, 1, snapshot, &snapshot->links[0], &template);
+	if (unlikely(outcome == UNUSUAL))
+		return any(ctx);
+	if (outcome <= SENT_OPEN && !template)
+		return XDP_ABORTED;
+	return finish(ctx, outcome, template);
 }
 
 char LICENSE[] SEC("license") = "Dual BSD/GPL";

@@ -80,7 +80,7 @@ struct Args {
     /// The UDP port on which agents take encapsulated packets.
     #[arg(long, default_value_t = gue::PORT, value_parser = clap::value_parser!(u16).range(1..))]
     gue_port: u16,
-    /// Where the XDP program runs, with --io af-xdp: auto, native or generic.
+    /// Where the XDP program runs, with --io xdp or af-xdp: auto, native or generic.
     #[arg(long, default_value = "auto")]
     xdp_mode: xdp::Mode,
     /// How log lines look: text or json.
@@ -182,8 +182,11 @@ fn start(args: Args) -> anyhow::Result<Running> {
         copy: args.copy,
         xdp_mode: args.xdp_mode,
     };
-    let Opened { kind, jobs, filters } = open::open(&request)?;
-    let tables = Tables::new(underlay, links);
+    let Opened { kind, jobs, filters, plane } = open::open(&request)?;
+    let tables = match plane {
+        Some(plane) => Tables::on(plane, underlay, links),
+        None => Tables::new(underlay, links),
+    };
     let threads = Threads::start(jobs, &tables.shared(), &stop)?;
     let state = Arc::new(State::new(tables, filters));
     let neighbours = match args.next_hop {
@@ -210,9 +213,15 @@ impl Running {
     fn run(self) -> ExitCode {
         let mux = self.sync.run(&self.stop);
         info!("stopping");
-        // The XDP programs first: what comes from now on is the kernel's.
-        self.state.lock().filters.clear();
         let mut total = Counters::default();
+        // The XDP programs first: what comes from now on is the kernel's.
+        let mut control = self.state.lock();
+        control.filters.clear();
+        if let Some(plane) = control.tables.plane() {
+            plane.close();
+            total += plane.counters();
+        }
+        drop(control);
         let mut by_thread = Vec::new();
         let mut code = ExitCode::SUCCESS;
         for outcome in self.threads.stop() {

@@ -70,8 +70,13 @@ impl Node for Mux {
     }
 
     fn counters(&mut self) -> BTreeMap<String, u64> {
-        let mut counters = total(&self.published).by_name();
-        counters.insert("table_swaps".to_owned(), self.state.lock().tables.swaps());
+        let mut control = self.state.lock();
+        let mut total = total(&self.published);
+        if let Some(plane) = control.tables.plane() {
+            total += plane.counters();
+        }
+        let mut counters = total.by_name();
+        counters.insert("table_swaps".to_owned(), control.tables.swaps());
         counters
     }
 

@@ -6,7 +6,10 @@ mod common;
 #[path = "../../shared/node/tests/netns/mod.rs"]
 mod netns;
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use daisy_mux::io::xdp::XdpPlane;
 use daisy_mux::io::xdp::test_run::Runner;
@@ -220,6 +223,12 @@ fn random_frame(random: &mut Random, mac: [u8; 6], vips: &[(Ipv4Addr, u16)]) -> 
     frame
 }
 
+/// Keeps the other tests of this process waiting for as long as it is held: some of them measure.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// The host of a test, with two interfaces and their numbers.
 fn host() -> (Host, Host, [u32; 2]) {
     let (mux, peer) = (Host::new(), Host::new());
@@ -231,6 +240,7 @@ fn host() -> (Host, Host, [u32; 2]) {
 
 #[test]
 fn the_program_does_what_the_pipeline_does() {
+    let _alone = alone();
     const TABLES: u64 = 20;
     const FRAMES: usize = 6_000;
     let (mux, _peer, interfaces) = host();
@@ -338,4 +348,135 @@ fn compare(
     total += expected;
     assert_eq!(tables.plane().unwrap().counters(), total, "{place}");
     redirected
+}
+
+/// What all bytes of the kernel's memory are that BPF maps of this process take.
+fn map_bytes() -> BTreeMap<String, u64> {
+    let mut maps = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc/self/fdinfo").unwrap() {
+        let Ok(text) = std::fs::read_to_string(entry.unwrap().path()) else { continue };
+        let field =
+            |name: &str| Some(text.lines().find_map(|line| line.strip_prefix(name))?.trim().to_owned());
+        if let (Some(id), Some(bytes)) = (field("map_id:"), field("memlock:")) {
+            maps.insert(id, bytes.parse().unwrap());
+        }
+    }
+    maps
+}
+
+#[test]
+fn the_largest_table_takes_as_little_as_promised() {
+    let _alone = alone();
+    let (mux, _peer, interfaces) = host();
+    mux.run(move || {
+        let before = map_bytes();
+        let mut tables = Tables::on(XdpPlane::load(&interfaces).unwrap(), common::UNDERLAY, [common::LINK]);
+        tables.set_directory(&common::directory(1, 1..=100));
+        let service = Service { buckets: 1 << 20, ..common::service() };
+        tables.apply(&service, &common::snapshot(&service, 5, &[1])).unwrap();
+        let taken = |maps: BTreeMap<String, u64>| -> u64 {
+            maps.iter().filter(|(id, _)| !before.contains_key(*id)).map(|(_, bytes)| bytes).sum()
+        };
+        let bytes = taken(map_bytes());
+        assert!(bytes > 8 << 20, "{bytes} bytes are not even the table");
+        assert!(bytes <= (17 << 20) / 2, "{bytes} bytes");
+        // And gives it back.
+        tables.remove(service.id);
+        tables.plane().unwrap().settle();
+        assert!(taken(map_bytes()) < 1 << 20, "{:?}", map_bytes());
+    });
+}
+
+/// The chain of generation `n`: another in each.
+fn chain_of(n: u32) -> [u16; 2] {
+    [1 + (n % 7) as u16, 1 + ((n + 1) % 7) as u16]
+}
+
+/// While packets run through the program, everything changes: words in place, whole tables and keys, next hops, the
+/// directory. Every packet leaves, by one state of the tables.
+#[test]
+fn tables_are_swapped_under_the_program() {
+    const CHANGES: u32 = 600;
+    let _alone = alone();
+    let (mux, _peer, interfaces) = host();
+    mux.run(move || {
+        let plane = XdpPlane::load(&interfaces).unwrap();
+        let runner = plane.runner().unwrap();
+        let mut tables = Tables::on(plane, common::UNDERLAY, [common::LINK]);
+        // A next hop's address says whose it is, and when it was given.
+        let next_hop =
+            |backend: u16, turn: u32| NextHop { egress: 0, mac: [2, turn as u8, 0, 0, 0, backend as u8] };
+        tables.set_directory(&common::directory(1, 1..=8));
+        for backend in 1..=8 {
+            tables.set_next_hop(common::address(backend), Some(next_hop(backend, 0)));
+        }
+        let mut service = common::service();
+        tables.apply(&service, &common::snapshot(&service, 1, &chain_of(1))).unwrap();
+        let stop = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&stop);
+        let interface = interfaces[0];
+        let traffic = std::thread::spawn(move || {
+            let (mut packets, mut generations, mut turns) = (0u64, BTreeMap::new(), BTreeMap::new());
+            while !flag.load(Ordering::Relaxed) {
+                let frame = common::tcp(packets as u16, common::VIP, 80, b"payload");
+                let ran = runner.run(&frame, interface, 1).unwrap();
+                assert_eq!(ran.action, XDP_TX, "packet {packets}");
+                packets += 1;
+                let packet = common::decapsulate(&ran.frame);
+                assert_eq!(packet.inner, frame[14..]);
+                let walk = packet.gue.walk.as_ref().expect("every window is open");
+                let [head, previous] = chain_of(walk.generation.0);
+                assert_eq!(packet.destination, common::address(head), "{packet:?}");
+                assert_eq!(walk.to_visit[..], [common::address(previous)], "{packet:?}");
+                let [_, turn, .., backend] = packet.ethernet.destination;
+                assert_eq!(u16::from(backend), head, "{packet:?}");
+                *generations.entry(walk.generation.0).or_insert(0u64) += 1;
+                *turns.entry(turn).or_insert(0u64) += 1;
+            }
+            (packets, generations.len(), turns.len())
+        });
+        let mut generation = 1;
+        for change in 1..=CHANGES {
+            assert!(!traffic.is_finished(), "see above");
+            generation += 1;
+            let chain = chain_of(generation);
+            match change % 20 {
+                // The same flows under another key, of another size, in a table that takes the other's place.
+                0 => {
+                    service.buckets = if change % 40 == 0 { 16 } else { 1 << 16 };
+                    service.hash_key = HashKey([change as u8; 16]);
+                    tables.apply(&service, &common::snapshot(&service, generation, &chain)).unwrap();
+                }
+                // A backend goes, and comes back under the same number.
+                5 => {
+                    tables.set_directory(&common::directory(2, 1..=7));
+                    tables.set_directory(&common::directory(3, 1..=8));
+                    generation -= 1;
+                }
+                // A second service comes and goes.
+                10 => {
+                    let other = Service { id: ServiceId(2), port: 81, ..common::service() };
+                    tables.apply(&other, &common::snapshot(&other, 1, &[1])).unwrap();
+                    tables.remove(other.id);
+                    generation -= 1;
+                }
+                _ => {
+                    for backend in 1..=8 {
+                        tables.set_next_hop(common::address(backend), Some(next_hop(backend, change)));
+                    }
+                    let entries = (0..service.buckets)
+                        .map(|bucket| common::entry(bucket, generation, &chain))
+                        .collect();
+                    let delta = common::delta(&service, generation - 1, generation, entries);
+                    tables.apply(&service, &delta).unwrap();
+                }
+            }
+        }
+        stop.store(true, Ordering::Relaxed);
+        let (packets, generations, turns) = traffic.join().unwrap();
+        println!("{packets} packets by {generations} generations and {turns} next hops");
+        assert!(packets > 1000 && generations > 20 && turns > 5, "{packets} {generations} {turns}");
+        let counters = tables.plane().unwrap().counters();
+        assert_eq!((counters.sent, counters.received), (packets, packets), "{counters:?}");
+    });
 }

@@ -5,7 +5,7 @@ use daisy_tests::{EchoOptions, Io, Report, Topology};
 
 use crate::common::{LIVE, assert_unbroken, show_drops};
 
-suite!(scale_out_weights_and_scale_in: af_xdp, af_packet);
+suite!(scale_out_weights_and_scale_in: xdp, af_xdp, af_packet);
 
 fn scale_out_weights_and_scale_in(io: Io) {
     let (report, _) = changes_under_traffic(Topology::new("churn").io(io), true);

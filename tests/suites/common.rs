@@ -21,6 +21,7 @@ macro_rules! suite {
             )+
         }
     };
+    (@ xdp) => { daisy_tests::Io::Xdp };
     (@ af_xdp) => { daisy_tests::Io::AfXdp };
     (@ af_packet) => { daisy_tests::Io::AfPacket };
 }

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::common::{LIVE, assert_unbroken};
 
-suite!(controller_dies_and_returns: af_xdp);
-suite!(controller_stays_away: af_xdp, af_packet);
+suite!(controller_dies_and_returns: xdp, af_xdp);
+suite!(controller_stays_away: xdp, af_xdp, af_packet);
 
 /// What must survive: tables, bucket by bucket, and what they were made from.
 fn state(net: &Topology) -> Vec<Value> {

@@ -10,7 +10,7 @@ use crate::common::{assert_unbroken, show_drops};
 const EPOCH: usize = 300;
 const BUCKETS: u32 = 64;
 
-suite!(connections_of_four_epochs_in_one_chain: af_xdp, af_packet);
+suite!(connections_of_four_epochs_in_one_chain: xdp, af_xdp, af_packet);
 
 fn connections_of_four_epochs_in_one_chain(io: Io) {
     let mut net =

@@ -8,8 +8,8 @@ use crate::common::{LIVE, show_drops};
 
 const LEASE: Duration = Duration::from_secs(2);
 
-suite!(a_backend_dies: af_xdp, af_packet);
-suite!(an_owner_in_the_middle_dies: af_xdp, af_packet);
+suite!(a_backend_dies: xdp, af_xdp, af_packet);
+suite!(an_owner_in_the_middle_dies: xdp, af_xdp, af_packet);
 
 fn start(name: &str, io: Io) -> Topology {
     Topology::new(name)

@@ -9,7 +9,7 @@ use crate::common::{LIVE, assert_unbroken, show_drops};
 /// How long the router still sends to a dead mux: what BFD with usual settings takes.
 const DETECTION: Duration = Duration::from_millis(150);
 
-suite!(muxes_die_join_and_lag: af_xdp, af_packet);
+suite!(muxes_die_join_and_lag: xdp, af_xdp, af_packet);
 
 fn muxes_die_join_and_lag(io: Io) {
     let mut net = Topology::new("muxes").io(io).muxes(2).backends(3).spares(1).start().unwrap();

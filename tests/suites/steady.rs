@@ -12,7 +12,7 @@ const BACKENDS: [&str; 4] = ["b1", "b2", "b3", "b4"];
 /// The file that is downloaded, and what is sent up and down to measure.
 const BULK_BYTES: usize = 16 << 20;
 
-suite!(every_backend_serves: af_xdp, af_packet);
+suite!(every_backend_serves: xdp, af_xdp, af_packet);
 
 fn every_backend_serves(io: Io) {
     let mut net = Topology::new("steady").io(io).clients(2).muxes(2).backends(4).start().unwrap();

@@ -6,7 +6,7 @@ use daisy_tests::{EchoOptions, Io, Topology};
 
 use crate::common::{LIVE, assert_unbroken, show_drops};
 
-suite!(agents_die_and_are_replaced: af_xdp);
+suite!(agents_die_and_are_replaced: xdp, af_xdp);
 
 fn agents_die_and_are_replaced(io: Io) {
     let mut net = Topology::new("upgrade").io(io).muxes(2).backends(3).spares(1).start().unwrap();

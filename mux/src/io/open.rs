@@ -17,6 +17,7 @@ use tracing::info;
 use super::filter::Filter;
 use super::netmap::{self, PortName};
 use super::threads::Job;
+use super::xdp::{Watch, XdpPlane};
 use super::{IoError, sys};
 use super::{af_packet, af_xdp};
 
@@ -25,6 +26,8 @@ use super::{af_packet, af_xdp};
 pub enum Kind {
     /// The best that the interfaces support.
     Auto,
+    /// An XDP program that is the whole mux, in the kernel.
+    Xdp,
     /// AF_XDP sockets on receive queues, behind an XDP program.
     AfXdp,
     /// Raw packet sockets.
@@ -34,7 +37,7 @@ pub enum Kind {
 }
 
 /// What `auto` tries, best first. A name of netmap's own leaves no choice.
-const AUTO: [Kind; 2] = [Kind::AfXdp, Kind::AfPacket];
+const AUTO: [Kind; 3] = [Kind::Xdp, Kind::AfXdp, Kind::AfPacket];
 
 /// A flag that not every kind has a use for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +53,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Kind::Auto => "auto",
+            Kind::Xdp => "xdp",
             Kind::AfXdp => "af-xdp",
             Kind::AfPacket => "af-packet",
             Kind::Netmap => "netmap",
@@ -62,6 +66,7 @@ impl Kind {
     fn uses(self, flag: Flag) -> bool {
         match self {
             Kind::Auto => true,
+            Kind::Xdp => flag == Flag::XdpMode,
             Kind::AfXdp => true,
             Kind::AfPacket => flag == Flag::Cores,
             Kind::Netmap => matches!(flag, Flag::Cores | Flag::Queues),
@@ -72,6 +77,7 @@ impl Kind {
     fn why(self) -> &'static str {
         match self {
             Kind::Auto => "it was not asked for more",
+            Kind::Xdp => "packets are forwarded in the driver, and none comes to userspace",
             Kind::AfXdp => "packets come from the driver past the kernel's stack",
             Kind::AfPacket => "it works on every interface",
             Kind::Netmap => "the names of its ports are netmap's",
@@ -179,6 +185,8 @@ pub struct Opened {
     pub jobs: Vec<Job>,
     /// The XDP programs in front of AF_XDP sockets, one on each interface.
     pub filters: Vec<Filter>,
+    /// The XDP program that is the whole mux, if it is that.
+    pub plane: Option<XdpPlane>,
 }
 
 /// Opens packet I/O on all interfaces.
@@ -217,23 +225,31 @@ pub fn open(request: &Request) -> Result<Opened, IoError> {
 /// Opens one kind of packet I/O, which is not `auto`.
 fn open_kind(kind: Kind, request: &Request) -> Result<Opened, IoError> {
     check_flags(kind, request)?;
-    let (jobs, filters) = match kind {
+    let (jobs, filters, plane) = match kind {
         Kind::Auto => return Err(unusable("--io auto", "is no kind of its own".to_owned())),
+        Kind::Xdp => {
+            let indices: Vec<u32> = request.interfaces.iter().map(|interface| interface.index).collect();
+            let mut plane = XdpPlane::load(&indices)?;
+            // Where the driver takes no program, `auto` has better.
+            let is_auto = request.kind == Kind::Auto && request.xdp_mode == Mode::Auto;
+            plane.attach(&request.interfaces, if is_auto { Mode::Native } else { request.xdp_mode })?;
+            (vec![Job::new(Watch::new(&request.interfaces), None)], Vec::new(), Some(plane))
+        }
         Kind::AfXdp => {
             let (filters, threads) = af_xdp::open(request, &queues(request)?)?;
-            (jobs(threads, request), filters)
+            (jobs(threads, request), filters, None)
         }
         Kind::AfPacket => {
             let threads = request.cores.as_ref().map_or(1, |cores| cores.numbers().len());
-            (jobs(af_packet::open(&request.interfaces, threads)?, request), Vec::new())
+            (jobs(af_packet::open(&request.interfaces, threads)?, request), Vec::new(), None)
         }
         Kind::Netmap => {
             let threads = request.cores.as_ref().map(|cores| cores.numbers().len());
             let queues = request.queues.as_ref().map(List::numbers);
-            (jobs(netmap::open(&request.ports, threads, queues)?, request), Vec::new())
+            (jobs(netmap::open(&request.ports, threads, queues)?, request), Vec::new(), None)
         }
     };
-    Ok(Opened { kind, jobs, filters })
+    Ok(Opened { kind, jobs, filters, plane })
 }
 
 /// One job for each thread, on the cores that were asked for.
@@ -319,6 +335,11 @@ fn check_flags(kind: Kind, request: &Request) -> Result<(), IoError> {
         (Flag::XdpMode, "--xdp-mode", request.xdp_mode != Mode::Auto),
     ];
     match given.into_iter().find(|(flag, _, is_given)| *is_given && !kind.uses(*flag)) {
+        Some((Flag::Cores | Flag::Queues, name, _)) if kind == Kind::Xdp => {
+            let reason =
+                "means nothing to --io xdp: packets are forwarded where the interface's interrupts are";
+            Err(unusable(name, reason.to_owned()))
+        }
         Some((_, name, _)) => Err(unusable(name, format!("means nothing to --io {kind}"))),
         None => Ok(()),
     }

@@ -11,6 +11,7 @@
 //! The link is not pinned: a mux that dies leaves no program behind.
 
 pub mod layout;
+mod syscall;
 pub mod test_run;
 
 use std::collections::BTreeMap;
@@ -19,8 +20,9 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
-use aya::maps::{Array, ArrayOfMaps, DevMap, IterableMap, MapData, MapError, PerCpuArray};
+use aya::maps::{Array, ArrayOfMaps, DevMap, IterableMap, Map, MapData, MapError, PerCpuArray};
 use aya::programs::Xdp;
 use aya::programs::xdp::XdpLinkId;
 use aya::{Ebpf, Pod};
@@ -29,15 +31,17 @@ use daisy_node::log::causes;
 use daisy_node::xdp::{self, Attached, Mode};
 use daisy_shared::bucket::{BackendId, BucketTable};
 use daisy_shared::drop::DropReason;
-use daisy_shared::service::Encapsulation;
+use daisy_shared::service::{DEFAULT_BUCKETS, Encapsulation, MAX_BUCKETS, MIN_BUCKETS};
 use tracing::error;
 
-use super::IoError;
 use super::sys::Mapping;
 use super::words::Words;
+use super::{IoError, PacketIo, Worker};
 use crate::metrics::Counters;
 use crate::table::{self, Plane, Reach, ServiceTable, Snapshot};
-use layout::{CELL_SHIFT, CELLS, COUNTERS, HEADER_WORDS, MAX_LINKS, MAX_PROBES, MAX_TABLES, OUTCOMES};
+use layout::{
+    CELL_SHIFT, CELLS, COUNTERS, HEADER_WORDS, MAX_LINKS, MAX_PROBES, MAX_TABLES, NEAR_BACKENDS, OUTCOMES,
+};
 use test_run::Runner;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mux.bpf.o"));
@@ -75,10 +79,11 @@ struct Cell {
 #[derive(Clone, Copy)]
 struct View {
     multiplier: u64,
-    templates: u32,
+    backends: u32,
     zero: [u32; 13],
     links: [Link; MAX_LINKS],
     cells: [Cell; CELLS],
+    near: [Backend; NEAR_BACKENDS],
 }
 
 /// `struct template`.
@@ -91,7 +96,7 @@ struct Template {
     mtu: u16,
     reach: u8,
     egress: u8,
-    zero: u32,
+    ifindex: u32,
 }
 
 /// `struct backend`.
@@ -106,7 +111,7 @@ struct Backend {
 unsafe impl Pod for View {}
 // SAFETY: as above.
 unsafe impl Pod for Backend {}
-const _: () = assert!(size_of::<View>() == 64 + 16 * MAX_LINKS + 64 * CELLS && size_of::<Backend>() == 128);
+const _: () = assert!(size_of::<Backend>() == 128 && size_of::<Cell>() == 64 && size_of::<Link>() == 16);
 
 /// A BPF array that is written as memory, while no program looks at it.
 struct Mapped<T: Pod> {
@@ -138,13 +143,22 @@ impl<T: Pod> Mapped<T> {
 /// One of the two snapshots.
 struct Half {
     view: Mapped<View>,
-    /// By number. In the map of maps at this half's place.
-    backends: Mapped<Backend>,
+    /// Those that have no room in the view. In the map of maps at this half's place.
+    far: Mapped<Backend>,
+}
+
+/// In which of the maps of tables a table is: of the default size, of the largest, or of any other.
+const fn class(buckets: u32) -> usize {
+    match buckets {
+        DEFAULT_BUCKETS => 0,
+        MAX_BUCKETS => 1,
+        _ => 2,
+    }
 }
 
 impl Half {
     fn new() -> Result<Half, MapError> {
-        Ok(Half { view: Mapped::new(1, 0)?, backends: Mapped::new(1, BPF_F_INNER_MAP)? })
+        Ok(Half { view: Mapped::new(1, 0)?, far: Mapped::new(1, BPF_F_INNER_MAP)? })
     }
 }
 
@@ -190,16 +204,15 @@ impl Desk {
 /// The maps that snapshots are shown in.
 struct Publisher {
     snapshots: ArrayOfMaps<MapData, Array<MapData, View>>,
-    templates: ArrayOfMaps<MapData, Array<MapData, Backend>>,
-    tables: ArrayOfMaps<MapData, Array<MapData, u64>>,
+    backends: ArrayOfMaps<MapData, Array<MapData, Backend>>,
+    /// By [`class`].
+    tables: [Map; 3],
     interfaces: Vec<u32>,
     halves: [Half; 2],
     /// The half that programs do not look at.
     spare: usize,
     /// Which tables are at which places of `tables`.
     places: Vec<Option<Arc<BucketTable<Words>>>>,
-    /// At the places of tables that are gone.
-    nothing: Array<MapData, u64>,
 }
 
 impl fmt::Debug for XdpPlane {
@@ -236,11 +249,10 @@ impl XdpPlane {
             ports.set(number, *index, None, 0).map_err(map_error)?;
         }
         let snapshots = ArrayOfMaps::try_from(map("snapshots")?).map_err(map_error)?;
-        let templates = ArrayOfMaps::try_from(map("templates")?).map_err(map_error)?;
-        let tables = ArrayOfMaps::try_from(map("tables")?).map_err(map_error)?;
+        let backends = ArrayOfMaps::try_from(map("backends")?).map_err(map_error)?;
+        let tables = [map("default_tables")?, map("largest_tables")?, map("tables")?];
         let counters = PerCpuArray::try_from(map("counters")?).map_err(map_error)?;
         let halves = [Half::new().map_err(map_error)?, Half::new().map_err(map_error)?];
-        let nothing = Array::create(1, BPF_F_MMAPABLE | BPF_F_INNER_MAP).map_err(map_error)?;
         let program: &mut Xdp = ebpf
             .program_mut("daisy_mux")
             .and_then(|program| program.try_into().ok())
@@ -252,16 +264,15 @@ impl XdpPlane {
         let places = vec![None; MAX_TABLES as usize];
         let mut publisher = Publisher {
             snapshots,
-            templates,
+            backends,
             tables,
             interfaces: interfaces.clone(),
             halves,
             spare: 0,
             places,
-            nothing,
         };
         for (place, half) in (0..).zip(&publisher.halves) {
-            publisher.templates.set(place, &half.backends.array, 0).map_err(map_error)?;
+            publisher.backends.set(place, &half.far.array, 0).map_err(map_error)?;
         }
         let desk = Arc::new(Desk::default());
         let orders = Arc::clone(&desk);
@@ -355,7 +366,7 @@ impl Publisher {
             }
             let out = MapError::OutOfBounds { index: MAX_TABLES, max_entries: MAX_TABLES };
             let place = self.places.iter().position(Option::is_none).ok_or(out)?;
-            self.tables.set(place as u32, array, 0)?;
+            ArrayOfMaps::try_from(&mut self.tables[class(array.len())])?.set(place as u32, array, 0)?;
             self.places[place] = Some(Arc::clone(table));
         }
         Ok(())
@@ -366,9 +377,10 @@ impl Publisher {
         for (place, table) in (0..).zip(&mut self.places) {
             let is_used =
                 |known: &Arc<_>| snapshot.services().iter().any(|service| Arc::ptr_eq(&service.table, known));
-            if table.as_ref().is_some_and(|known| !is_used(known)) {
-                self.tables.set(place, &self.nothing, 0)?;
-                *table = None;
+            if let Some(gone) = table.take_if(|known| !is_used(known))
+                && let Map::ArrayOfMaps(tables) = &self.tables[class(gone.buckets())]
+            {
+                syscall::delete(tables.fd(), place).map_err(MapError::IoError)?;
             }
         }
         Ok(())
@@ -378,22 +390,23 @@ impl Publisher {
     fn write(&mut self, snapshot: &Snapshot) -> Result<(), MapError> {
         let cells = self.cells(snapshot);
         let half = &mut self.halves[self.spare];
-        let len = snapshot.backends();
-        if half.backends.array.len() < len {
+        let far = snapshot.backends().saturating_sub(NEAR_BACKENDS as u32);
+        if half.far.array.len() < far {
             // Those that follow are nobody's, and zeros.
-            half.backends = Mapped::new(len.next_power_of_two(), BPF_F_INNER_MAP)?;
-            self.templates.set(self.spare as u32, &half.backends.array, 0)?;
+            half.far = Mapped::new(far.next_power_of_two(), BPF_F_INNER_MAP)?;
+            self.backends.set(self.spare as u32, &half.far.array, 0)?;
         }
         // SAFETY: programs that run see the other half. Those that saw this one have ended before it became the spare
         // one, see `publish`.
-        let (view, backends) = unsafe { (&mut half.view.values()[0], half.backends.values()) };
-        for (number, place) in (0..=u16::MAX).zip(backends) {
+        let (view, far) = unsafe { (&mut half.view.values()[0], half.far.values()) };
+        for (number, place) in (0..=u16::MAX).zip(view.near.iter_mut().chain(far)) {
             let form = |encapsulation| {
-                snapshot.template(encapsulation, BackendId(number)).map_or(Template::NOBODY, Template::from)
+                let template = snapshot.template(encapsulation, BackendId(number));
+                template.map_or(Template::NOBODY, |template| Template::new(template, &self.interfaces))
             };
             *place = Backend { gue: form(Encapsulation::Gue), ipip: form(Encapsulation::Ipip) };
         }
-        view.templates = self.spare as u32;
+        view.backends = self.spare as u32;
         view.links = [Link { mac: 0, ifindex: 0, zero: 0 }; MAX_LINKS];
         for ((place, link), index) in view.links.iter_mut().zip(&snapshot.links).zip(&self.interfaces) {
             let [a, b, c, d, e, f] = link.mac;
@@ -434,7 +447,9 @@ impl Plane for XdpPlane {
 
     fn words(&mut self, buckets: u32) -> io::Result<Words> {
         let other = |error: MapError| io::Error::other(causes(&error));
-        let Mapped { array, memory } = Mapped::new(buckets, BPF_F_INNER_MAP).map_err(other)?;
+        // The kernel demands this flag where tables of several sizes are in one map.
+        let flags = if class(buckets) == class(MIN_BUCKETS) { BPF_F_INNER_MAP } else { 0 };
+        let Mapped { array, memory } = Mapped::new(buckets, flags).map_err(other)?;
         Ok(Words::of(array, memory))
     }
 
@@ -495,6 +510,34 @@ impl Drop for XdpPlane {
     }
 }
 
+/// What a thread does while packets are forwarded in the kernel: it sees whether the interfaces are still there.
+#[derive(Debug)]
+pub struct Watch(Vec<Interface>);
+
+impl Watch {
+    /// Of these interfaces.
+    pub fn new(interfaces: &[Interface]) -> Watch {
+        Watch(interfaces.to_vec())
+    }
+}
+
+impl PacketIo for Watch {
+    fn turn(&mut self, _worker: &mut Worker, wait: Duration) -> Result<usize, IoError> {
+        for Interface { name, index, .. } in &self.0 {
+            if nix::net::if_::if_nametoindex(name.as_str()) != Ok(*index) {
+                let place = format!("interface {name}");
+                return Err(IoError::Unusable { place, reason: "it is gone".to_owned() });
+            }
+        }
+        std::thread::sleep(wait);
+        Ok(0)
+    }
+
+    fn close(self, _worker: &mut Worker) -> Result<(), IoError> {
+        Ok(())
+    }
+}
+
 impl Template {
     const NOBODY: Template = Template {
         headers: [[0; 8]; HEADER_WORDS],
@@ -503,12 +546,10 @@ impl Template {
         mtu: 0,
         reach: layout::REACH_UNKNOWN,
         egress: 0,
-        zero: 0,
+        ifindex: 0,
     };
-}
 
-impl From<&table::Template> for Template {
-    fn from(template: &table::Template) -> Template {
+    fn new(template: &table::Template, interfaces: &[u32]) -> Template {
         let mut headers = [[0; 8]; HEADER_WORDS];
         for (place, byte) in headers.as_flattened_mut().iter_mut().zip(template.headers) {
             *place = byte;
@@ -525,7 +566,7 @@ impl From<&table::Template> for Template {
                 Reach::Resolved => layout::REACH_RESOLVED,
             },
             egress: template.egress,
-            zero: 0,
+            ifindex: interfaces.get(usize::from(template.egress)).copied().unwrap_or_default(),
         }
     }
 }

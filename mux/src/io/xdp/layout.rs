@@ -15,6 +15,8 @@ pub const CELLS: usize = 2048;
 pub const MAX_PROBES: usize = 32;
 /// What chooses a key's first cell: the product's bits from this one on.
 pub const CELL_SHIFT: u32 = 64 - CELLS.ilog2();
+/// So many backends, by number, stand in the snapshot itself.
+pub const NEAR_BACKENDS: usize = 512;
 /// The longest header that lies ready, in 64-bit words.
 pub const HEADER_WORDS: usize = 6;
 

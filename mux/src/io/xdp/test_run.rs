@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use aya::programs::ProgramFd;
 
+use super::syscall::bpf;
+
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
 
 /// A program that can be run on frames, by any thread.
@@ -89,13 +91,8 @@ impl Runner {
             ..Attributes::default()
         };
         // SAFETY: the kernel reads `data_size_in` bytes of `frame` and `ctx_size_in` of `context`, and writes at most
-        // `data_size_out` bytes of `out` and the attributes themselves, with their true size; all outlive the call.
-        let result = unsafe {
-            libc::syscall(libc::SYS_bpf, BPF_PROG_TEST_RUN, &raw mut attributes, size_of::<Attributes>())
-        };
-        if result < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        // `data_size_out` bytes of `out`; all outlive the call.
+        unsafe { bpf(BPF_PROG_TEST_RUN, &mut attributes) }?;
         out.truncate(attributes.data_size_out as usize);
         let duration = Duration::from_nanos(attributes.duration.into());
         Ok(Run { action: attributes.retval, frame: out, duration })

@@ -21,7 +21,7 @@ use aya::{Ebpf, include_bytes_aligned};
 use common::{VIP, directory, service};
 use daisy_shared::control::SyncResponse;
 use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, IpNumber, Ipv4Header, TcpHeader};
-use harness::{BACKENDS, Controller, Daemon, MUX, NOBODYS, PATIENCE, Peer, segment, update};
+use harness::{BACKENDS, Controller, Daemon, MUX, NOBODYS, PATIENCE, Peer, fails, segment, update};
 use netns::Host;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
@@ -367,15 +367,6 @@ fn a_sender_that_leaves_checksums_to_the_device_is_served() {
     let (tcp, payload) = TcpHeader::from_slice(rest).unwrap();
     assert!(tcp.syn && payload.is_empty());
     assert_eq!(tcp.checksum, tcp.calc_checksum_ipv4(&ip, payload).unwrap());
-}
-
-/// Runs the daemon to its end. Returns its exit code and what it said.
-fn fails(host: &Host, arguments: &[&str]) -> (Option<i32>, String) {
-    // One that does start would run for ever.
-    let mut command = Command::new("timeout");
-    command.arg("20").arg(env!("CARGO_BIN_EXE_daisy-mux")).args(arguments);
-    let output = host.run(move || command.output().unwrap());
-    (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }
 
 #[test]

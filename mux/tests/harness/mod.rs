@@ -131,8 +131,12 @@ impl Daemon {
         }
     }
 
-    pub fn terminate(mut self) -> (Value, ExitStatus) {
+    pub fn ask_to_stop(&self) {
         kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGTERM).unwrap();
+    }
+
+    pub fn terminate(mut self) -> (Value, ExitStatus) {
+        self.ask_to_stop();
         let last = self.said("stopped");
         (last, self.child.wait().unwrap())
     }
@@ -173,7 +177,8 @@ impl Peer {
         Peer { outputs: backends.run(Peer::listen), packets: clients.run(Peer::feed), next: 0, sent: 0 }
     }
 
-    fn listen() -> Receiver<Output> {
+    /// To be started where backends are: receives what they receive.
+    pub fn listen() -> Receiver<Output> {
         let (sender, outputs) = channel();
         for backend in 1..=BACKENDS {
             let udp = UdpSocket::bind((common::address(backend), gue::PORT)).unwrap();
@@ -194,7 +199,8 @@ impl Peer {
         outputs
     }
 
-    fn feed() -> Sender<(Vec<u8>, Ipv4Addr)> {
+    /// To be started where clients are: sends the packets that it is given.
+    pub fn feed() -> Sender<(Vec<u8>, Ipv4Addr)> {
         let (packets, inbox) = channel::<(Vec<u8>, Ipv4Addr)>();
         std::thread::spawn(move || {
             let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw)
@@ -282,4 +288,13 @@ pub fn update(from: Option<u32>, generation: u32, chain: &[u16]) -> SyncResponse
         }
     };
     SyncResponse { tables: vec![TableUpdate { service, piece }], ..SyncResponse::default() }
+}
+
+/// Runs the daemon to its end. Returns its exit code and what it said.
+pub fn fails(host: &Host, arguments: &[&str]) -> (Option<i32>, String) {
+    // One that does start would run for ever.
+    let mut command = Command::new("timeout");
+    command.arg("20").arg(env!("CARGO_BIN_EXE_daisy-mux")).args(arguments);
+    let output = host.run(move || command.output().unwrap());
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }

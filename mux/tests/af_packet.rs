@@ -16,7 +16,6 @@ use daisy_mux::table::{Link, NextHop, Tables};
 use daisy_node::interface::Interface;
 use daisy_shared::drop::DropReason;
 use netns::Host;
-use nix::sys::socket::MsgFlags;
 use wire::{SECOND_MAC, Wire};
 
 const PATIENCE: Duration = Duration::from_secs(20);

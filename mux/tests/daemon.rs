@@ -16,12 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use aya::programs::{Xdp, XdpMode};
-use aya::{Ebpf, include_bytes_aligned};
 use common::{VIP, directory, service};
 use daisy_shared::control::SyncResponse;
 use etherparse::{IcmpEchoHeader, Icmpv4Header, Icmpv4Type, IpNumber, Ipv4Header, TcpHeader};
-use harness::{BACKENDS, Controller, Daemon, MUX, NOBODYS, PATIENCE, Peer, fails, segment, update};
+use harness::{BACKENDS, Controller, Daemon, MUX, NOBODYS, PATIENCE, Peer, fails, pass_all, segment, update};
 use netns::Host;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
@@ -81,19 +79,6 @@ fn all_named(counters: &BTreeMap<String, u64>) -> (u64, u64) {
     let of = |name: &str| counters.get(name).copied().unwrap_or(0);
     let dropped: u64 = counters.iter().filter(|(name, _)| name.starts_with("dropped_")).map(|(_, n)| n).sum();
     (of("received"), of("sent") + of("passed") + dropped)
-}
-
-/// Has a host's native XDP program pass everything, for as long as what is returned lives. The peer of a veth whose
-/// program transmits needs one, or what is sent vanishes.
-fn pass_all(host: &Host, interface: &'static str) -> Ebpf {
-    host.run(move || {
-        let mut object =
-            Ebpf::load(include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench.bpf.o"))).unwrap();
-        let program: &mut Xdp = object.program_mut("bench_empty").unwrap().try_into().unwrap();
-        program.load().unwrap();
-        program.attach(interface, XdpMode::Driver).unwrap();
-        object
-    })
 }
 
 fn forwards(io: &[&str]) {
@@ -257,38 +242,6 @@ fn af_xdp_native_forwards() {
 #[test]
 fn af_xdp_generic_forwards() {
     forwards(&["--io", "af-xdp", "--xdp-mode", "generic"]);
-}
-
-/// Packets come in by one interface, and backends are behind another.
-#[test]
-fn packets_leave_by_the_interface_of_their_backend() {
-    let (mux_host, peer_host) = (Host::new(), Host::new());
-    mux_host.join("eth0", &peer_host, "eth0");
-    mux_host.join("eth1", &peer_host, "eth1");
-    mux_host.sh("ip addr add 10.1.0.1/24 dev eth0; ip addr add 10.4.0.1/24 dev eth1");
-    mux_host.sh("ip route add 10.2.0.0/16 dev eth1");
-    peer_host.sh("for file in /proc/sys/net/ipv4/conf/*/rp_filter; do echo 0 > $file; done");
-    peer_host.sh("ip addr add 10.1.0.254/24 dev eth0; ip addr add 10.4.0.254/24 dev eth1");
-    peer_host.sh("ip route add 203.0.113.0/24 via 10.1.0.1");
-    for backend in 1..=BACKENDS {
-        peer_host.sh(&format!("ip addr add {}/32 dev eth1", common::address(backend)));
-    }
-    let _pass = [pass_all(&peer_host, "eth0"), pass_all(&peer_host, "eth1")];
-    let controller = mux_host.run(Controller::start);
-    let state = tempfile::tempdir().unwrap();
-    let base = ["--name", "m1", "--interface", "eth0", "--interface", "eth1", "--io", "xdp"];
-    let state_dir = state.path().to_str().unwrap();
-    let rest = ["--state-dir", state_dir, "--log-format", "json", "--controller", &controller.url];
-    let daemon = Daemon::start(&mux_host, &[&base[..], &rest].concat());
-    let mut table = update(None, 5, &[1, 2]);
-    table.directory = Some(directory(1, 1..=BACKENDS));
-    controller.publish(table, 5);
-    daemon.said("ready");
-    let mut peer = peer_host.run(Peer::start);
-    peer.exchange(5000, |output| assert_eq!(output.backend, 1));
-    let (last, status) = daemon.terminate();
-    assert!(status.success(), "{status}");
-    assert_eq!((&last["sent"], &last["conserved"]), (&5000.into(), &true.into()));
 }
 
 /// The daemon on a fresh network with a table, all packets to backend 1.

@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use common::{MUX_MAC, VIP, directory, tcp};
-use harness::{BACKENDS, Controller, Daemon, Peer, fails, update};
+use harness::{BACKENDS, Controller, Daemon, Peer, fails, pass_all, update};
 use netns::Host;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket,
@@ -26,7 +26,9 @@ use serde_json::Value;
 use wire::{SECOND_MAC, Wire};
 
 /// Every way of moving packets that serves such networks.
-const KINDS: [&[&str]; 3] = [
+const KINDS: [&[&str]; 5] = [
+    &["--io", "xdp", "--xdp-mode", "native"],
+    &["--io", "xdp", "--xdp-mode", "generic"],
     &["--io", "af-packet"],
     &["--io", "af-xdp", "--xdp-mode", "native"],
     &["--io", "af-xdp", "--xdp-mode", "generic"],
@@ -90,6 +92,7 @@ fn numbers(text: &Value) -> Vec<u64> {
 fn packets_leave_by_the_interface_of_their_backend() {
     for io in KINDS {
         let network = Network::new();
+        let _pass = [&network.clients, &network.backends].map(|host| pass_all(host, "eth0"));
         let Running { controller, daemon, .. } = network.start(io, &[1]);
         let mut peer = Peer::between(&network.clients, &network.backends);
         peer.exchange(2000, |output| assert_eq!((output.backend, &output.gue.walk), (1, &None)));
@@ -122,6 +125,7 @@ fn vlan_tags_are_kept() {
     ];
     for io in KINDS {
         let network = Network::new();
+        let _pass = [&network.clients, &network.backends].map(|host| pass_all(host, "eth0"));
         let Running { controller, daemon, .. } = network.start(io, &[1, 2]);
         let (client, backend) = (network.clients.run(Wire::open), network.backends.run(Wire::open));
         for round in 0..20u16 {

@@ -10,6 +10,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
+use aya::programs::{Xdp, XdpMode};
+use aya::{Ebpf, include_bytes_aligned};
 use daisy_shared::control::{SyncRequest, SyncResponse, TableUpdate};
 use daisy_shared::wire::gue;
 use etherparse::{IpNumber, Ipv4Header, TcpHeader};
@@ -297,4 +299,17 @@ pub fn fails(host: &Host, arguments: &[&str]) -> (Option<i32>, String) {
     command.arg("20").arg(env!("CARGO_BIN_EXE_daisy-mux")).args(arguments);
     let output = host.run(move || command.output().unwrap());
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+/// Has a host's native XDP program pass everything, for as long as what is returned lives. The peer of a veth whose
+/// program transmits needs one, or what is sent vanishes.
+pub fn pass_all(host: &Host, interface: &'static str) -> Ebpf {
+    host.run(move || {
+        let mut object =
+            Ebpf::load(include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bench.bpf.o"))).unwrap();
+        let program: &mut Xdp = object.program_mut("bench_empty").unwrap().try_into().unwrap();
+        program.load().unwrap();
+        program.attach(interface, XdpMode::Driver).unwrap();
+        object
+    })
 }

@@ -1,4 +1,4 @@
-//! Scenarios, figures and plots. The demo is the first scenario.
+//! Scenarios, figures and plots: the demo, and comparisons ([`bench`]).
 
 #![forbid(unsafe_code)]
 

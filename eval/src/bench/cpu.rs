@@ -158,6 +158,17 @@ impl Watch {
     }
 }
 
+/// The share of a CPU that others use while we do nothing: all figures of CPU time are too large by it.
+///
+/// # Errors
+/// If the kernel does not tell.
+pub fn share_of_strangers(cpu: usize, time: Duration) -> Result<f64> {
+    let watch = Watch::start(cpu)?;
+    std::thread::sleep(time);
+    let (busy, wall) = watch.busy_and_wall()?;
+    Ok(busy / wall)
+}
+
 /// How long a CPU has been idle, or taken away by the hypervisor. Idle time is measured; the kernel's other figures
 /// are samples, one a tick.
 fn unused(stat: &str, cpu: usize) -> Result<Duration> {

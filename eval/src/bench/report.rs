@@ -190,6 +190,13 @@ pub fn readme(summary: &Summary, about: &About<'_>) -> String {
          round in the `.csv` files, least and most in `spread.csv`, medians in `summary.json`.\n",
         machine.cpus, machine.processor, machine.memory_gib, machine.kernel
     );
+    if let Some(share) = summary.get("strangers_cpu_share") {
+        let _ = write!(
+            text,
+            "\nBefore the run, with nothing to do, CPU 1 was {:.1} % busy: so much noise is in figures of CPU time.\n",
+            100.0 * share
+        );
+    }
     let mut part = |title: &str, words: &str, table: Option<String>| {
         if let Some(table) = table {
             let _ = write!(text, "\n## {title}\n\n{words}\n\n{table}");

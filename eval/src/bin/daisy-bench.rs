@@ -37,6 +37,9 @@ struct Arguments {
     readme: Option<PathBuf>,
 }
 
+/// More than this of the balancer's CPU in use while nothing is measured is said.
+const QUIET: f64 = 0.05;
+
 const PARTS: [Part; 6] = [Part::Micro, Part::Small, Part::Real, Part::Scaling, Part::Memory, Part::Flood];
 
 const WHOLE: (Effort, micro::Effort) = (
@@ -111,8 +114,16 @@ fn run(arguments: &Arguments) -> Result<bool> {
     std::fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
     let scratch = cases::scratch(&binary_directory()?)?;
 
+    let strangers = cpu::share_of_strangers(cpu::BALANCER, Duration::from_secs(1))?;
+    if strangers > QUIET {
+        eprintln!(
+            "daisy-bench: NOT QUIET: others use {:.0} % of the balancer's CPU; figures are worth little",
+            100.0 * strangers
+        );
+    }
     let (effort, micro_effort) = if arguments.quick { QUICK } else { WHOLE };
     let mut summary = Summary::default();
+    summary.set("strangers_cpu_share", strangers)?;
     let mut runner = Runner {
         contestants: &contestants,
         effort,

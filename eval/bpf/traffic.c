@@ -23,12 +23,13 @@ struct settings {
 	__u64 vip;      /* network order, in the low 4 bytes */
 	__u64 port;     /* host order */
 	__u64 flows;    /* a power of two */
-	__u64 window;   /* packets under way; 0: no limit */
+	__u64 window;   /* packets under way, for each sender */
 	__u64 net;      /* the sink counts what goes to this network, network order, */
 	__u64 mask;     /* or to the virtual address */
 	__u64 most;     /* how many each CPU sends in all: what it has sent already counts */
 	__u64 patience; /* nanoseconds; when nothing has arrived for so long, what is under way is lost */
-	__u64 unused[6];
+	__u64 cpus;     /* senders: CPUs from 0 */
+	__u64 unused[5];
 };
 
 struct {
@@ -45,7 +46,8 @@ struct sender {
 	__u64 seen;     /* the sink's count when it last grew */
 	__u64 since;    /* and when that was */
 	__u64 flow;
-	__u64 unused[3];
+	__u64 credit;   /* may be sent without another look at what has arrived */
+	__u64 unused[2];
 };
 
 struct {
@@ -76,24 +78,49 @@ static __always_inline __u16 folded(__u32 sum)
 	return ~sum;
 }
 
-/* Whether `sender` has to wait for the sink. */
-static __always_inline int full(struct sender *sender, const struct arrived *arrived, const struct settings *s)
-{
-	__u64 count = *(volatile const __u64 *)&arrived->packets;
+/* What is sent between two looks at the counts, whose cache lines others write. */
+#define CREDIT 32
 
-	if (sender->sent - sender->lost < count)
-		sender->lost = sender->sent - count; /* what was given up has come after all */
-	if (sender->sent - sender->lost < count + s->window) {
+/* Whether `sender` has to wait for the sink. What one CPU sends may arrive on another: all are counted together. */
+static __always_inline int full(struct sender *sender, const struct settings *s)
+{
+	__s64 under_way = 0, arrived = 0, room;
+
+	if (sender->credit) {
+		sender->credit--;
+		return 0;
+	}
+	for (__u32 cpu = 0; cpu < CPUS; cpu++) {
+		__u32 key = cpu;
+
+		if (cpu >= s->cpus)
+			break;
+		const volatile struct sender *from = bpf_map_lookup_elem(&senders, &key);
+		const volatile struct arrived *to = bpf_map_lookup_elem(&arrivals, &key);
+
+		if (!from || !to)
+			return 1;
+		under_way += from->sent - from->lost;
+		arrived += to->packets;
+	}
+	under_way -= arrived;
+	if (under_way < 0) {
+		sender->lost += under_way; /* what was given up has come after all */
+		under_way = 0;
+	}
+	room = (__s64)(s->window * s->cpus) - under_way;
+	if (room > 0) {
+		sender->credit = (room < CREDIT ? room : CREDIT) - 1;
 		sender->since = 0;
 		return 0;
 	}
 	__u64 now = bpf_ktime_get_ns();
 
-	if (!sender->since || count != sender->seen) {
-		sender->seen = count;
+	if (!sender->since || arrived != sender->seen) {
+		sender->seen = arrived;
 		sender->since = now;
 	} else if (now - sender->since > s->patience) {
-		sender->lost = sender->sent - count;
+		sender->lost += under_way;
 		sender->since = 0;
 	}
 	return 1;
@@ -106,16 +133,15 @@ int generate(struct xdp_md *context)
 	__u32 zero = 0, cpu = bpf_get_smp_processor_id();
 	struct settings *s = bpf_map_lookup_elem(&settings, &zero);
 	struct sender *sender = bpf_map_lookup_elem(&senders, &cpu);
-	struct arrived *arrived = bpf_map_lookup_elem(&arrivals, &cpu);
 	struct ethhdr *ethernet = data;
 	struct iphdr *ip = data + sizeof(*ethernet);
 	struct tcphdr *tcp = (void *)ip + sizeof(*ip);
 
-	if (!s || !sender || !arrived || data + FRAME_LEN > end)
+	if (!s || !sender || data + FRAME_LEN > end)
 		return XDP_ABORTED;
 	if (sender->sent >= s->most)
 		return XDP_DROP;
-	if (s->window && full(sender, arrived, s))
+	if (full(sender, s))
 		return XDP_DROP;
 	/* An odd step visits all flows before it comes back to the first, and no two neighbours in a row. Two CPUs walk
 	 * through the same flows, from different ends. */

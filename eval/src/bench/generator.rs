@@ -39,8 +39,10 @@ pub struct Settings {
     pub port: u16,
     /// How many flows, a power of two: segments of what look like established connections.
     pub flows: u32,
-    /// How many packets may be under way; with 0 there is no limit.
+    /// How many packets may be under way for each CPU that sends.
     pub window: u32,
+    /// How many CPUs send, from 0.
+    pub cpus: usize,
     /// When nothing has arrived for so long, what is under way counts as lost.
     pub patience: Duration,
     /// The sink counts what is addressed to this network, or to the virtual address.
@@ -64,7 +66,7 @@ impl Settings {
             u64::from(mask),
             most,
             self.patience.as_nanos() as u64,
-            0,
+            self.cpus as u64,
             0,
             0,
             0,

@@ -39,7 +39,7 @@ const WINDOW: u32 = 192;
 /// Far longer than a packet takes, also if a time slice passes meanwhile; and, where many are refused, not so long that
 /// the run waits for nothing else.
 const PATIENCE: Duration = Duration::from_millis(20);
-const VISIT_PATIENCE: Duration = Duration::from_millis(1);
+const VISIT_PATIENCE: Duration = Duration::from_millis(4);
 
 /// How the CPUs are shared out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +127,7 @@ impl Wire {
             port: PORT,
             flows: 1024,
             window: WINDOW,
+            cpus: cpus.unwrap_or(1),
             patience: PATIENCE,
             network: BACKEND_NETWORK,
         };
@@ -141,6 +142,9 @@ impl Wire {
             directory: &directory,
             cpus,
         };
+        if let Some(cpus @ 2..) = cpus {
+            cpu::align(&host, &near_end, cpus)?;
+        }
         // A daemon that pins its threads itself has to be allowed to.
         cpus.map_or(Ok(()), cpu::allow)?;
         let balancer = contestant.set_up(&site);

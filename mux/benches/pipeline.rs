@@ -16,7 +16,7 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use daisy_mux::pipeline::BURST;
+use daisy_mux::pipeline::{BURST, Scratch};
 use daisy_mux::processor::Flows;
 use daisy_shared::flow::{self, HashKey};
 use nix::time::{ClockId, clock_gettime};
@@ -66,8 +66,11 @@ fn benches(criterion: &mut Criterion) {
         group.throughput(Throughput::Elements(PACKETS as u64));
         for (name, case) in Case::all().into_iter().filter(|(_, case)| case.flows == flows) {
             let shared = case.tables().shared();
+            let mut scratch = Scratch::default();
             group.bench_function(&name, |b| {
-                b.iter_custom(|n| timed(n, &mut arena, |arena| world::run(arena, &shared.load())));
+                b.iter_custom(|n| {
+                    timed(n, &mut arena, |arena| world::run(arena, &shared.load(), &mut scratch))
+                });
             });
         }
         group.finish();

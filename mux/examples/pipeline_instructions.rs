@@ -13,7 +13,7 @@ mod world;
 use std::process::ExitCode;
 
 use clap::Parser;
-use daisy_mux::pipeline::BURST;
+use daisy_mux::pipeline::{BURST, Scratch};
 use world::Case;
 
 #[derive(Debug, Parser)]
@@ -38,9 +38,10 @@ fn main() -> ExitCode {
     let snapshot = shared.load();
     // One burst at a time: that the others exist must not cost instructions of their own. Flows follow one another
     // as in the benchmark only while they are as many as the frames.
+    let mut scratch = Scratch::default();
     let mut arena = world::frames(BURST, case.flows);
     for _ in 0..args.packets.div_ceil(BURST) {
-        world::run(&mut arena, &snapshot);
+        world::run(&mut arena, &snapshot, &mut scratch);
         world::restore(&mut arena);
     }
     ExitCode::SUCCESS

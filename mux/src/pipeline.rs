@@ -109,7 +109,7 @@ impl<'b> Slot<'b> {
 }
 
 /// What the first loop finds out about a packet that is for a service.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Wanted {
     /// The frame, as an index into the burst.
     slot: u8,
@@ -121,14 +121,29 @@ struct Wanted {
     service: u32,
 }
 
-/// The packets of a burst that are for a service, one after the other, and their flows in columns.
-struct Found {
+/// What [`decide`] writes down between its loops: the packets of a burst that are for a service, one after the other,
+/// their flows in columns, and their buckets' words. It says nothing to the next burst, and is kept for it only
+/// because clearing so much memory would cost more than a packet.
+#[derive(Debug)]
+pub struct Scratch {
     len: usize,
     wanted: [Wanted; BURST],
     flows: Flows,
+    words: [BucketWord; BURST],
 }
 
-impl Found {
+impl Default for Scratch {
+    fn default() -> Scratch {
+        Scratch {
+            len: 0,
+            wanted: [Wanted::default(); BURST],
+            flows: Flows::EMPTY,
+            words: [BucketWord::EMPTY; BURST],
+        }
+    }
+}
+
+impl Scratch {
     #[inline]
     fn push(&mut self, wanted: Wanted, key: (u64, u64), message: [u64; 2]) {
         // A burst has no more; the mask tells the compiler.
@@ -145,33 +160,32 @@ impl Found {
 ///
 /// # Panics
 /// If the snapshot has no interface of that number.
-pub fn decide(snapshot: &Snapshot, ingress: u8, burst: &mut [Slot<'_>]) {
+pub fn decide(snapshot: &Snapshot, scratch: &mut Scratch, ingress: u8, burst: &mut [Slot<'_>]) {
     let station = Station::new(snapshot.links[usize::from(ingress)].mac);
-    let mut found = Found { len: 0, wanted: [Wanted::default(); BURST], flows: Flows::EMPTY };
-    let mut words = [BucketWord::EMPTY; BURST];
     for part in burst.chunks_mut(BURST) {
         for slot in &*part {
             processor::prefetch_around(slot.buffer, slot.start);
         }
-        found.len = 0;
+        scratch.len = 0;
         let mut last = Service::NONE;
         for (i, slot) in part.iter_mut().enumerate() {
-            if slot.verdict != Verdict::Undecided {
+            if !matches!(slot.verdict, Verdict::Undecided) {
                 continue;
             }
             match classify(snapshot, &station, &mut last, slot.frame()) {
                 Ok((wanted, message)) => {
-                    found.push(Wanted { slot: i as u8, ..wanted }, last.hash_key, message)
+                    scratch.push(Wanted { slot: i as u8, ..wanted }, last.hash_key, message);
                 }
                 Err(verdict) => slot.verdict = verdict,
             }
         }
-        found.flows.hash(found.len);
-        let found = found.wanted[..found.len].iter().zip(&found.flows.hash);
-        for ((wanted, hash), word) in found.clone().zip(&mut words) {
+        let Scratch { len, wanted, flows, words } = scratch;
+        flows.hash(*len);
+        let found = wanted[..*len].iter().zip(&flows.hash);
+        for ((wanted, hash), word) in found.clone().zip(&mut *words) {
             *word = snapshot.service(wanted.service).table.lookup(*hash);
         }
-        for ((wanted, hash), word) in found.zip(&words) {
+        for ((wanted, hash), word) in found.zip(&*words) {
             let slot = &mut part[usize::from(wanted.slot)];
             if let Err(reason) = encapsulate(snapshot, slot, wanted, *hash, *word) {
                 slot.verdict = Verdict::Drop(reason);

@@ -2,7 +2,7 @@
 //! once as a vector register holds, and memory that is fetched before it is needed.
 //!
 //! Besides packet I/O this is the only `unsafe` of the mux: calling what was compiled for instructions that another
-//! processor may lack, and naming an address to fetch. `docs/decisions/0012-speed-of-the-pipeline.md` has what each
+//! processor may lack, and naming an address to fetch. `docs/decisions/0017-four-loops.md` has what each
 //! buys.
 
 use daisy_shared::flow;

@@ -13,7 +13,7 @@ use daisy_mux::io::memory::Memory;
 use daisy_mux::io::pcap::Pcap;
 use daisy_mux::io::{PacketIo, Worker};
 use daisy_mux::metrics::Counters;
-use daisy_mux::pipeline::{self, CLOSED_LEN, HEADROOM, OPEN_LEN, Slot, Verdict};
+use daisy_mux::pipeline::{self, CLOSED_LEN, HEADROOM, OPEN_LEN, Scratch, Slot, Verdict};
 use daisy_mux::table::{ApplyError, Link, NextHop, Tables};
 use daisy_shared::bucket::BackendId;
 use daisy_shared::chain::{Generation, Walk};
@@ -211,7 +211,7 @@ fn a_packet_leaves_by_the_interface_of_its_next_hop() {
     // Each interface has an address of its own.
     let mut buffer = [&[0; 64][..], &frame].concat();
     let mut slot = Slot::new(&mut buffer, 64, frame.len());
-    pipeline::decide(&tables.shared().load(), 1, std::slice::from_mut(&mut slot));
+    pipeline::decide(&tables.shared().load(), &mut Scratch::default(), 1, std::slice::from_mut(&mut slot));
     assert_eq!(slot.verdict, Verdict::Pass);
     // A next hop behind no interface of the mux's is none.
     tables.apply(&service(), &snapshot(&service(), 6, &[2])).unwrap();
@@ -242,7 +242,12 @@ fn headers_need_their_room_and_no_more() {
         for room in 0..=HEADROOM {
             let mut buffer = [&vec![0; room][..], &frame].concat();
             let mut slot = Slot::new(&mut buffer, room, frame.len());
-            pipeline::decide(&tables.shared().load(), 0, std::slice::from_mut(&mut slot));
+            pipeline::decide(
+                &tables.shared().load(),
+                &mut Scratch::default(),
+                0,
+                std::slice::from_mut(&mut slot),
+            );
             if room + 14 >= len {
                 assert!(matches!(slot.verdict, Verdict::Send { .. }), "{room}");
                 assert_eq!(slot.start(), room + 14 - len);
@@ -262,7 +267,7 @@ fn a_verdict_from_outside_stands() {
     let mut burst: Vec<_> = buffers.iter_mut().map(|buffer| Slot::new(buffer, 64, frame.len())).collect();
     burst[0].verdict = Verdict::Pass;
     burst[2].verdict = Verdict::Drop(DropReason::TooBig);
-    pipeline::decide(&tables.shared().load(), 0, &mut burst);
+    pipeline::decide(&tables.shared().load(), &mut Scratch::default(), 0, &mut burst);
     let mut counters = Counters::default();
     counters.count(&burst);
     assert_eq!((counters.passed, counters.sent, counters.dropped_for(DropReason::TooBig)), (1, 1, 1));

@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use daisy_mux::io::xdp::XdpPlane;
 use daisy_mux::io::xdp::test_run::Runner;
 use daisy_mux::metrics::Counters;
-use daisy_mux::pipeline::{self, Slot, Verdict};
+use daisy_mux::pipeline::{self, Scratch, Slot, Verdict};
 use daisy_mux::table::{Link, NextHop, Tables, Underlay};
 use daisy_shared::bucket::{BackendId, Piece};
 use daisy_shared::chain::Generation;
@@ -309,7 +309,7 @@ fn compare(
         let frame = random_frame(random, snapshot.links[addressed].mac, &vips);
         let mut buffer = [&[0; 64][..], &frame].concat();
         let mut slot = Slot::new(&mut buffer, 64, frame.len());
-        pipeline::decide(&snapshot, ingress as u8, std::slice::from_mut(&mut slot));
+        pipeline::decide(&snapshot, &mut Scratch::default(), ingress as u8, std::slice::from_mut(&mut slot));
         let action = match slot.verdict {
             Verdict::Send { egress, .. } if usize::from(egress) == ingress => XDP_TX,
             Verdict::Send { .. } => XDP_REDIRECT,

@@ -5,7 +5,7 @@
 use std::net::Ipv4Addr;
 
 use arrayvec::ArrayVec;
-use daisy_mux::pipeline::{self, BURST, Slot, Verdict};
+use daisy_mux::pipeline::{self, BURST, Scratch, Slot, Verdict};
 use daisy_mux::table::{Link, NextHop, Snapshot, Tables, Underlay};
 use daisy_shared::bucket::{BackendId, Entry, Piece};
 use daisy_shared::chain::Generation;
@@ -132,11 +132,11 @@ pub fn restore(arena: &mut [u8]) {
 
 /// All frames through the pipeline, burst by burst.
 #[inline(never)]
-pub fn run(arena: &mut [u8], snapshot: &Snapshot) {
+pub fn run(arena: &mut [u8], snapshot: &Snapshot, scratch: &mut Scratch) {
     for part in arena.chunks_mut(BURST * STRIDE) {
         let mut burst: ArrayVec<Slot<'_>, BURST> =
             part.chunks_exact_mut(STRIDE).map(|frame| Slot::new(frame, START, LEN)).collect();
-        pipeline::decide(snapshot, 0, &mut burst);
+        pipeline::decide(snapshot, scratch, 0, &mut burst);
         assert!(burst.iter().all(|slot| matches!(slot.verdict, Verdict::Send { .. })));
     }
 }

@@ -31,7 +31,7 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 
 use crate::metrics::{Counters, Published};
-use crate::pipeline::{self, Slot};
+use crate::pipeline::{self, Scratch, Slot};
 use crate::table::Snapshot;
 
 /// Where in a buffer a received frame begins, where the I/O may choose: room for headers, and the frame on a
@@ -97,6 +97,7 @@ pub trait PacketIo {
 #[derive(Debug)]
 pub struct Worker {
     snapshot: Arc<ArcSwap<Snapshot>>,
+    scratch: Box<Scratch>,
     counters: Counters,
     published: Arc<Published>,
 }
@@ -104,13 +105,13 @@ pub struct Worker {
 impl Worker {
     /// A worker that reads this snapshot and shows its counters here, where it must be the only one to do so.
     pub fn new(snapshot: Arc<ArcSwap<Snapshot>>, published: Arc<Published>) -> Worker {
-        Worker { snapshot, counters: Counters::default(), published }
+        Worker { snapshot, scratch: Box::default(), counters: Counters::default(), published }
     }
 
     /// Gives every frame of a burst from interface number `ingress` a verdict, see [`pipeline::decide`].
     #[inline]
-    pub fn decide(&self, ingress: u8, burst: &mut [Slot<'_>]) {
-        pipeline::decide(&self.snapshot.load(), ingress, burst);
+    pub fn decide(&mut self, ingress: u8, burst: &mut [Slot<'_>]) {
+        pipeline::decide(&self.snapshot.load(), &mut self.scratch, ingress, burst);
     }
 
     /// Counts a burst whose verdicts have been carried out.

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
+use daisy_shared::service::Encapsulation;
 
 use crate::cleanup;
 use crate::topology::Topology;
@@ -40,6 +41,7 @@ pub struct Builder {
     pub(crate) io: Io,
     pub(crate) buckets: u32,
     pub(crate) lease_ms: u64,
+    pub(crate) encapsulation: Encapsulation,
     pub(crate) chaining: bool,
     pub(crate) daemons: bool,
     pub(crate) keep: bool,
@@ -95,6 +97,13 @@ impl Builder {
         self
     }
 
+    /// How packets of all services travel in closed windows; GUE if not said.
+    #[must_use]
+    pub fn encapsulation(mut self, encapsulation: Encapsulation) -> Builder {
+        self.encapsulation = encapsulation;
+        self
+    }
+
     /// Whether agents send packets on along the chain; if not, they run with `--no-chaining`.
     #[must_use]
     pub fn chaining(mut self, on: bool) -> Builder {
@@ -146,6 +155,7 @@ impl Topology {
             io: Io::AfXdp,
             buckets: 4096,
             lease_ms: 3000,
+            encapsulation: Encapsulation::Gue,
             chaining: true,
             daemons: true,
             keep: false,

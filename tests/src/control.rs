@@ -92,6 +92,7 @@ impl Topology {
     /// If the controller refuses.
     pub fn add_service(&mut self, name: &str, address: SocketAddr, buckets: u32) -> Result<()> {
         let (vip, port) = (address.ip().to_string(), address.port().to_string());
+        let encapsulation = self.builder.encapsulation.to_string();
         self.daisyctl(&[
             "service",
             "add",
@@ -102,6 +103,8 @@ impl Topology {
             &port,
             "--buckets",
             &buckets.to_string(),
+            "--encapsulation",
+            &encapsulation,
         ])?;
         if let std::net::IpAddr::V4(vip) = address.ip()
             && !self.vips.contains(&vip)

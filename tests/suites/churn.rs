@@ -1,11 +1,20 @@
 //! Suite 2: scale-out, weight change and scale-in with live connections that keep talking.
 
+use daisy_shared::service::Encapsulation;
 use daisy_tests::topology::WEB;
 use daisy_tests::{EchoOptions, Io, Report, Topology};
 
 use crate::common::{LIVE, assert_unbroken, show_drops};
 
 suite!(scale_out_weights_and_scale_in: xdp, af_xdp, af_packet);
+
+suite!(ipip_services_move_too: xdp, af_xdp, af_packet);
+
+fn ipip_services_move_too(io: Io) {
+    let topology = Topology::new("ipip").io(io).encapsulation(Encapsulation::Ipip);
+    let (report, _) = changes_under_traffic(topology, true);
+    assert_unbroken(&report);
+}
 
 fn scale_out_weights_and_scale_in(io: Io) {
     let (report, _) = changes_under_traffic(Topology::new("churn").io(io), true);

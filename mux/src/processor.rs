@@ -1,35 +1,35 @@
-//! What processors do better when asked with particular instructions: the flow hash of a burst, as many flows at
+//! What processors do better when asked with particular instructions: the flow hash of a group of packets, as many flows at
 //! once as a vector register holds, and memory that is fetched before it is needed.
 //!
 //! Besides packet I/O this is the only `unsafe` of the mux: calling what was compiled for instructions that another
-//! processor may lack, and naming an address to fetch. `docs/decisions/0017-four-loops.md` has what each
+//! processor may lack, and naming an address to fetch. `docs/decisions/0017-groups-of-eight.md` has what each
 //! buys.
 
 use daisy_shared::flow;
 
-use crate::pipeline::BURST;
+use crate::pipeline::GROUP;
 
 /// How many flows a vector register may hold.
 const LANES: usize = 8;
-const _: () = assert!(BURST.is_multiple_of(LANES));
+const _: () = assert!(GROUP.is_multiple_of(LANES));
 
-/// The flows of a burst, in columns: row `i` of each belongs to flow `i`.
+/// The flows of a group of packets, in columns: row `i` of each belongs to flow `i`.
 #[derive(Clone, Debug)]
 #[repr(align(64))]
 pub struct Flows {
     /// The keys' words.
-    pub key: [[u64; BURST]; 2],
+    pub key: [[u64; GROUP]; 2],
     /// The messages' words, see [`flow::FlowV4::message`].
-    pub message: [[u64; BURST]; 2],
+    pub message: [[u64; GROUP]; 2],
     /// The hashes, once they are computed.
-    pub hash: [u64; BURST],
+    pub hash: [u64; GROUP],
 }
 
 impl Flows {
     /// Nothing yet.
-    pub const EMPTY: Flows = Flows { key: [[0; BURST]; 2], message: [[0; BURST]; 2], hash: [0; BURST] };
+    pub const EMPTY: Flows = Flows { key: [[0; GROUP]; 2], message: [[0; GROUP]; 2], hash: [0; GROUP] };
 
-    /// Computes the hashes of the first `len` flows, at most [`BURST`].
+    /// Computes the hashes of the first `len` flows, at most [`GROUP`].
     #[inline]
     pub fn hash(&mut self, len: usize) {
         #[cfg(target_arch = "x86_64")]
@@ -65,30 +65,26 @@ fn hash_avx2(flows: &mut Flows, len: usize) {
 fn hash_any(flows: &mut Flows, len: usize) {
     let Flows { key: [k0, k1], message: [m0, m1], hash } = flows;
     // Whole registers: rows behind the last hold something, and nobody looks at their hashes.
-    let rows = len.next_multiple_of(LANES).min(BURST);
+    let rows = len.next_multiple_of(LANES).min(GROUP);
     let rows = hash[..rows].iter_mut().zip(k0).zip(k1).zip(m0).zip(m1);
     for ((((hash, k0), k1), m0), m1) in rows {
         *hash = flow::siphash13((*k0, *k1), [*m0, *m1]);
     }
 }
 
-/// Has the memory of a byte and of the one before it fetched, if they are in `buffer`: the first line of a frame, to
-/// be read, and the line before it, where headers are written.
+/// Has the memory of an item fetched, to be used soon. Nothing happens if there is none at that position.
 #[inline(always)]
-pub fn prefetch_around(buffer: &[u8], at: usize) {
+pub fn prefetch<T>(items: &[T], position: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
 
-        let start = buffer.as_ptr().cast::<i8>();
+        let address = items.as_ptr().wrapping_add(position);
         // SAFETY: fetching reads nothing and cannot fault, whatever the address; SSE is part of x86-64.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at));
-            _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at.wrapping_sub(1)));
-        }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _elsewhere_the_processor_guesses = (buffer, at);
+    let _elsewhere_the_processor_guesses = (items, position);
 }
 
 #[cfg(test)]
@@ -107,7 +103,7 @@ mod tests {
         };
         let key = |i: usize| HashKey([i as u8 % 3; 16]);
         let mut empty = Flows::EMPTY;
-        for i in 0..BURST {
+        for i in 0..GROUP {
             (empty.key[0][i], empty.key[1][i]) = key(i).words();
             [empty.message[0][i], empty.message[1][i]] = flow(i).message();
         }
@@ -119,7 +115,7 @@ mod tests {
             functions.push(("avx2", |flows, len| unsafe { hash_avx2(flows, len) }));
         }
         for (name, function) in functions {
-            for len in [0, 1, 7, 8, 9, 63, BURST] {
+            for len in 0..=GROUP {
                 let mut flows = empty.clone();
                 function(&mut flows, len);
                 for i in 0..len {

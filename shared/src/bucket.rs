@@ -115,11 +115,17 @@ impl<W: Deref<Target = [AtomicU64]>> BucketTable<W> {
         self.words.len() as u32
     }
 
+    /// The position of the bucket that `hash` falls into.
+    #[inline]
+    pub fn position(&self, hash: u64) -> usize {
+        // The length is a power of two; the mask keeps the index inside.
+        hash as usize & (self.words.len() - 1)
+    }
+
     /// The word of the bucket that `hash` falls into.
     #[inline]
     pub fn lookup(&self, hash: u64) -> BucketWord {
-        // The length is a power of two; the mask keeps the index inside.
-        BucketWord(self.words[hash as usize & (self.words.len() - 1)].load(Ordering::Relaxed))
+        BucketWord(self.words[self.position(hash)].load(Ordering::Relaxed))
     }
 
     /// Sets the words of a piece's entries.

@@ -8,8 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use daisy_shared::drop::DropReason;
 
-use crate::pipeline::{Slot, Verdict};
-
 const REASONS: usize = DropReason::ALL.len();
 
 /// How many packets went where.
@@ -30,23 +28,6 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Counts a burst whose verdicts have been carried out. This is the one exit of every packet.
-    pub fn count(&mut self, burst: &[Slot<'_>]) {
-        for slot in burst {
-            self.received += 1;
-            match slot.verdict {
-                Verdict::Send { walk, .. } => {
-                    self.sent += 1;
-                    self.chained_header += u64::from(walk);
-                }
-                Verdict::Pass => self.passed += 1,
-                Verdict::Drop(reason) => self.dropped[reason as usize] += 1,
-                // Conservation shows it: received, and nothing became of it.
-                Verdict::Undecided => debug_assert!(false, "a packet left without a verdict"),
-            }
-        }
-    }
-
     /// Packets dropped for this reason.
     pub fn dropped_for(&self, reason: DropReason) -> u64 {
         self.dropped[reason as usize]

@@ -17,15 +17,14 @@ use daisy_shared::drop::DropReason;
 use daisy_shared::service::Encapsulation;
 use daisy_shared::wire::{fast, gue, outer};
 
+use crate::metrics::Counters;
+pub use crate::processor::GROUP;
 use crate::processor::{self, Flows};
 pub use crate::table::CLOSED_LEN;
 use crate::table::{Reach, Snapshot, Template, service_key};
 
 /// How many packets come and go together.
 pub const BURST: usize = 64;
-/// How many of them are looked at together, while the frames of the next are fetched: as many as a vector register of
-/// 512 bits has flows. Measured: with 16 and 32 more of what was fetched is gone again before it is used.
-pub const GROUP: usize = 8;
 
 /// Length in bytes of all headers before the inner IP packet in an open window, but for VLAN tags.
 pub const OPEN_LEN: usize = fast::ETHERNET_LEN + outer::LEN + gue::ONE_TO_VISIT_LEN;
@@ -111,7 +110,26 @@ impl<'b> Slot<'b> {
     }
 }
 
-/// What the first loop finds out about a packet that is for a service.
+impl Counters {
+    /// Counts a burst whose verdicts have been carried out. This is the one exit of every packet.
+    pub fn count(&mut self, burst: &[Slot<'_>]) {
+        for slot in burst {
+            self.received += 1;
+            match slot.verdict {
+                Verdict::Send { walk, .. } => {
+                    self.sent += 1;
+                    self.chained_header += u64::from(walk);
+                }
+                Verdict::Pass => self.passed += 1,
+                Verdict::Drop(reason) => self.dropped[reason as usize] += 1,
+                // Conservation shows it: received, and nothing became of it.
+                Verdict::Undecided => debug_assert!(false, "a packet left without a verdict"),
+            }
+        }
+    }
+}
+
+/// What parsing finds out about a packet that is for a service.
 #[derive(Clone, Copy, Debug, Default)]
 struct Wanted {
     /// The frame, as an index into the burst.

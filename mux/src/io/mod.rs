@@ -19,6 +19,7 @@ pub mod memory;
 pub mod netmap;
 pub mod open;
 pub mod pcap;
+pub mod request;
 mod sys;
 pub mod threads;
 pub mod words;

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 use self::port::{Options, Port};
 use self::umem::{FRAME_LEN, MAX_IP_LEN, Place, Umem};
 use super::filter::Filter;
-use super::open::{Copy, Request};
+use super::request::{Copy, Request};
 use super::sys;
 use super::{IoError, PacketIo, Worker};
 use crate::pipeline::{BURST, Slot, Verdict};

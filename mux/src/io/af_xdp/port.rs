@@ -8,7 +8,7 @@ use arrayvec::ArrayVec;
 use daisy_node::interface::Interface;
 use tracing::{info, warn};
 
-use super::super::open::Copy;
+use super::super::request::Copy;
 use super::super::{FRAME_START, IoError, sys};
 use super::ring::{Consumer, Producer, RING_LEN, Ring};
 use super::umem::{self, FRAME_LEN, Place, Umem};

@@ -109,44 +109,23 @@ struct {
  * tables are of one size, the kernel looks words up without calling a function: those of the usual sizes are by
  * themselves.
  */
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_TABLES);
-	__type(key, __u32);
-	__array(values, struct {
-		__uint(type, BPF_MAP_TYPE_ARRAY);
-		__uint(map_flags, BPF_F_MMAPABLE | BPF_F_INNER_MAP);
-		__uint(max_entries, 1);
-		__uint(key_size, sizeof(__u32));
-		__uint(value_size, sizeof(__u64));
-	});
-} tables SEC(".maps");
+#define TABLES(name, flags, buckets)                                                                                   \
+	struct {                                                                                                       \
+		__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);                                                              \
+		__uint(max_entries, MAX_TABLES);                                                                       \
+		__type(key, __u32);                                                                                    \
+		__array(values, struct {                                                                               \
+			__uint(type, BPF_MAP_TYPE_ARRAY);                                                              \
+			__uint(map_flags, BPF_F_MMAPABLE | (flags));                                                   \
+			__uint(max_entries, buckets);                                                                  \
+			__uint(key_size, sizeof(__u32));                                                               \
+			__uint(value_size, sizeof(__u64));                                                             \
+		});                                                                                                    \
+	} name SEC(".maps")
 
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_TABLES);
-	__type(key, __u32);
-	__array(values, struct {
-		__uint(type, BPF_MAP_TYPE_ARRAY);
-		__uint(map_flags, BPF_F_MMAPABLE);
-		__uint(max_entries, DEFAULT_BUCKETS);
-		__uint(key_size, sizeof(__u32));
-		__uint(value_size, sizeof(__u64));
-	});
-} default_tables SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
-	__uint(max_entries, MAX_TABLES);
-	__type(key, __u32);
-	__array(values, struct {
-		__uint(type, BPF_MAP_TYPE_ARRAY);
-		__uint(map_flags, BPF_F_MMAPABLE);
-		__uint(max_entries, MAX_BUCKETS);
-		__uint(key_size, sizeof(__u32));
-		__uint(value_size, sizeof(__u64));
-	});
-} largest_tables SEC(".maps");
+TABLES(tables, BPF_F_INNER_MAP, 1);
+TABLES(default_tables, 0, DEFAULT_BUCKETS);
+TABLES(largest_tables, 0, MAX_BUCKETS);
 
 /* Where packets are sent that leave by another interface than they came in by. */
 struct {

@@ -185,11 +185,12 @@ pub fn decide(snapshot: &Snapshot, scratch: &mut Scratch, ingress: u8, burst: &m
     let len = burst.len();
     let group = |k: usize| (k * GROUP).min(len)..((k + 1) * GROUP).min(len);
     let groups = len.div_ceil(GROUP);
+    let mut last = Service::NONE;
     fetch(&burst[group(0)]);
     for k in 0..=groups {
         if k < groups {
             fetch(&burst[group(k + 1)]);
-            look_at(snapshot, &station, &mut scratch.0[k % 2], &mut burst[group(k)]);
+            look_at(snapshot, &station, &mut last, &mut scratch.0[k % 2], &mut burst[group(k)]);
         }
         if k > 0 {
             forward(snapshot, &scratch.0[(k - 1) % 2], &mut burst[group(k - 1)]);
@@ -209,14 +210,19 @@ fn fetch(group: &[Slot<'_>]) {
 /// Finds out which packets of a group are for a service, and has their buckets' words fetched. The others get their
 /// verdicts.
 #[inline(always)]
-fn look_at(snapshot: &Snapshot, station: &Station, found: &mut Found, group: &mut [Slot<'_>]) {
+fn look_at(
+    snapshot: &Snapshot,
+    station: &Station,
+    last: &mut Service,
+    found: &mut Found,
+    group: &mut [Slot<'_>],
+) {
     found.len = 0;
-    let mut last = Service::NONE;
     for (i, slot) in group.iter_mut().enumerate() {
         if !matches!(slot.verdict, Verdict::Undecided) {
             continue;
         }
-        match classify(snapshot, station, &mut last, slot.frame()) {
+        match classify(snapshot, station, last, slot.frame()) {
             Ok((wanted, message)) => {
                 found.push(Wanted { slot: i as u8, ..wanted }, last.hash_key, message);
             }
@@ -224,7 +230,7 @@ fn look_at(snapshot: &Snapshot, station: &Station, found: &mut Found, group: &mu
         }
     }
     let Found { len, wanted, flows } = found;
-    flows.hash(*len);
+    flows.hash();
     for (wanted, hash) in wanted[..*len].iter().zip(&flows.hash) {
         let table = &snapshot.service(wanted.service).table;
         processor::prefetch(table.words(), table.position(*hash));
